@@ -143,6 +143,9 @@ class Engines:
                 engine.missed += 1
                 if engine.missed >= MISSED_CHECKS or not engine.ready:
                     engine.lost("it does not answer health checks")
+            except aiohttp.ClientConnectorError:
+                engine.lost("it does not listen yet: vLLM starts, or is down")
+                engine.wake.clear()
             except (EngineProblem, aiohttp.ClientError, RuntimeError) as error:
                 engine.lost(str(error) or type(error).__name__)
                 engine.wake.clear()

@@ -85,11 +85,14 @@ def install(app: FastAPI) -> None:
         if first["type"] == "extra_forbidden":
             message = f"Unsupported parameter: '{param}' is not taken here. Leave it out."
             return ApiError(400, message, code="unsupported_parameter", param=param).response()
+        if first["loc"] == ("body",):
+            message = "The body must be a JSON object, sent with 'Content-Type: application/json'."
+            return ApiError(400, message, code="invalid_body").response()
         if first["type"] == "missing":
-            message = f"Missing required parameter: '{param}'." if param else "The body is missing: send a JSON object."
+            message = f"Missing required parameter: '{param}'."
             return ApiError(400, message, code="missing_required_parameter", param=param).response()
         message = first["msg"].removeprefix("Value error, ")
-        message = f"Invalid value for '{param}': {message}." if param else f"Invalid request: {message}."
+        message = f"Invalid value for '{param}': {message}."
         return ApiError(400, message, code="invalid_value", param=param).response()
 
     @app.exception_handler(HTTPException)

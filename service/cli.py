@@ -16,7 +16,11 @@ if TYPE_CHECKING:
     from data.settings import Settings
 
 app = typer.Typer(
-    help="Chats by day, learns by night.", no_args_is_help=True, add_completion=False, pretty_exceptions_enable=False
+    help="Chats by day, learns by night.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
 )
 keys_app = typer.Typer(help="API keys: who may chat, rate and operate.", no_args_is_help=True)
 votes_app = typer.Typer(help="The votes people cast.", no_args_is_help=True)
@@ -173,7 +177,7 @@ def chat(
     feedback: Annotated[str, typer.Option(help="off, auto or always: whether to be shown two answers.")] = "auto",
     json: Json = False,
 ) -> None:
-    """Talk in the terminal; where two answers are shown, one key votes."""
+    """Talk in the terminal, vote with one key."""
     import asyncio
 
     from service.terminal import ChatError, converse
@@ -196,7 +200,7 @@ def chat(
 def doctor(
     state: State = None, model: Annotated[str | None, typer.Option(help="Base model.")] = None, json: Json = False
 ) -> None:
-    """Look for what is wrong, and say how to mend it. Exit code 1 where something is."""
+    """Say what is wrong and how to mend it."""
     from dataclasses import asdict
 
     from service.doctor import examine
@@ -215,7 +219,7 @@ def doctor(
 
 @app.command()
 def stats(state: State = None, json: Json = False) -> None:
-    """Counts of answers, comparisons and votes, and the share of votes for the answer shown first."""
+    """Counts of answers, comparisons and votes."""
     from data.stats import summary
 
     with _database(state) as db:
@@ -340,3 +344,7 @@ def users_forget(id: str, state: State = None, json: Json = False) -> None:
     if not emptied:
         raise fail(f"Nothing is kept of a user '{id}'.")
     typer.echo(jsonlib.dumps({"id": id, "completions_emptied": emptied}) if json else f"{emptied} answers emptied")
+
+
+if __name__ == "__main__":
+    main()

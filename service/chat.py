@@ -105,6 +105,10 @@ def _prepare(state: State, body: ChatRequest, key: Key) -> _Call:
         raise not_ready()
 
     given = body.model_dump(exclude_none=True)
+    try:
+        orjson.dumps(given)
+    except orjson.JSONEncodeError as error:  # json reads more than can be written: half surrogates, numbers of any size
+        raise ApiError(400, f"The request holds what cannot be passed on: {error}.", code="invalid_value") from None
     sampling = {name: value for name, value in given.items() if name not in _NOT_SAMPLING}
     if not body.max_tokens and not body.max_completion_tokens:
         sampling["max_tokens"] = min(caps.max_tokens, state.engines.context_length or caps.max_tokens)

@@ -119,12 +119,15 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
         environment |= {"NIGHTSHIFT_API_KEY": found[1], "NIGHTSHIFT_URL": url}
         yield House(process, url, found[1], state, environment)
     finally:
-        children = set(descendants(process.pid))
+        children = descendants(process.pid)
         os.killpg(process.pid, signal.SIGINT)  # what Ctrl-C does
         try:
             process.wait(60)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             raise
-        left = {pid for pid in children if Path(f"/proc/{pid}").exists()}
-        assert not left, f"Ctrl-C left behind: {left}"
+
+        def left() -> list[str]:
+            return [command for pid, command in children.items() if Path(f"/proc/{pid}").exists()]
+
+        wait_until(lambda: not left(), 5, f"nothing is left behind by Ctrl-C, but there is {left()}")

@@ -5,8 +5,8 @@ PY := .venv/bin/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS := $(if $(filter gpu,$(EXTRA)),constraints-gpu.txt,constraints.txt)
 
-# uv does not read pip's configuration: hand it on, so that a machine whose pip works needs nothing more. Without a
-# folder of wheels of its own, uv finds the builds of torch itself.
+# uv does not read pip's configuration: hand it on, so that a machine whose pip works needs nothing more. Where pip has
+# no folder of wheels, uv knows where torch's CPU builds are; the CUDA build is what the registry has anyway.
 pip_config = $(shell $(PYTHON) -m pip config get global.$(1) 2>/dev/null)
 comma := ,
 empty :=
@@ -14,7 +14,7 @@ space := $(empty) $(empty)
 LINKS := $(subst $(space),$(comma),$(strip $(or $(PIP_FIND_LINKS),$(call pip_config,find-links))))
 INDEX := $(or $(PIP_INDEX_URL),$(call pip_config,index-url))
 CERT := $(or $(PIP_CERT),$(call pip_config,cert))
-UV := $(if $(LINKS),UV_FIND_LINKS="$(LINKS)",UV_TORCH_BACKEND=$(if $(filter gpu,$(EXTRA)),auto,cpu)) \
+UV := $(if $(LINKS),UV_FIND_LINKS="$(LINKS)",$(if $(filter cpu,$(EXTRA)),UV_TORCH_BACKEND=cpu)) \
   $(if $(INDEX),UV_DEFAULT_INDEX="$(INDEX)") $(if $(CERT),SSL_CERT_FILE="$(CERT)") \
   UV_SYSTEM_CERTS=1 .venv/bin/uv pip
 INSTALL := $(UV) install --quiet --python $(PY) --constraint $(CONSTRAINTS)

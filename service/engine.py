@@ -146,7 +146,7 @@ class Engines:
             except aiohttp.ClientConnectorError:
                 engine.lost("it does not listen yet: vLLM starts, or is down")
                 engine.wake.clear()
-            except (EngineProblem, aiohttp.ClientError, RuntimeError) as error:
+            except (EngineProblem, aiohttp.ClientError, RuntimeError, LookupError, ValueError, OSError) as error:
                 engine.lost(str(error) or type(error).__name__)
                 engine.wake.clear()
             else:

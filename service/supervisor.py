@@ -31,7 +31,7 @@ STEADY_AFTER_S = 60.0
 """A child that lived this long starts again without delay."""
 ENGINE_STARTS = 3
 """An engine that dies this often before it was ever ready will not come up: say why and stop."""
-ENGINE_STOP_S, API_STOP_S = 35.0, 15.0
+ENGINE_STOP_S = 35.0
 LARGEST_LOG = 20_000_000
 
 
@@ -237,7 +237,7 @@ def _children(settings: Settings, model: Path) -> list[Child]:
         [sys.executable, "-P", "-m", "service.app"],
         {},
         logs / "api.log",
-        API_STOP_S,
+        settings.server.shutdown_timeout_s + 5.0,
     )
     if settings.engine.urls:
         return [api]

@@ -12,6 +12,7 @@ from typing import Any
 
 import aiohttp
 import orjson
+from pysqlite3 import dbapi2 as sqlite3
 
 from data.settings import EngineSettings
 from service.errors import ApiError, engine_failed, not_ready
@@ -27,6 +28,10 @@ MISSED_CHECKS = 3
 
 class EngineProblem(RuntimeError):
     """Why an engine cannot answer yet."""
+
+
+WATCH_SURVIVES = (RuntimeError, aiohttp.ClientError, LookupError, ValueError, OSError, sqlite3.Error)
+"""What an engine, a proxy before it, a policy's folder or the record can do wrong: said in /readyz, then tried again."""
 
 
 @dataclass(slots=True)
@@ -146,7 +151,7 @@ class Engines:
             except aiohttp.ClientConnectorError:
                 engine.lost("it does not listen yet: vLLM starts, or is down")
                 engine.wake.clear()
-            except (EngineProblem, aiohttp.ClientError, RuntimeError, LookupError, ValueError, OSError) as error:
+            except WATCH_SURVIVES as error:
                 engine.lost(str(error) or type(error).__name__)
                 engine.wake.clear()
             else:

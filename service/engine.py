@@ -31,7 +31,7 @@ class EngineProblem(RuntimeError):
 
 
 WATCH_SURVIVES = (RuntimeError, aiohttp.ClientError, LookupError, ValueError, OSError, sqlite3.Error)
-"""What an engine, a proxy before it, a policy's folder or the record can do wrong: said in /readyz, then tried again."""
+"""What an engine, a policy's folder or the record can do wrong: said in /readyz, then tried again."""
 
 
 @dataclass(slots=True)

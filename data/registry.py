@@ -13,7 +13,7 @@ from sqlite_utils import Database
 from data.database import transaction
 from data.types import BASE_POLICY, Policy, PolicyStatus, timestamp
 
-_COLUMNS = "name, parent, path, sha256, base_model, status, created_at"
+_COLUMNS = "name, parent, path, sha256, base_model, status, created_at, run_id, reward_model, metrics"
 
 
 class RegistryError(RuntimeError):
@@ -21,8 +21,19 @@ class RegistryError(RuntimeError):
 
 
 def _policy(row: tuple[str, ...]) -> Policy:
-    name, parent, path, sha256, base_model, status, created_at = row
-    return Policy(name, parent, path, sha256, base_model, PolicyStatus(status), created_at)
+    name, parent, path, sha256, base_model, status, created_at, run_id, reward_model, metrics = row
+    return Policy(
+        name,
+        parent,
+        path,
+        sha256,
+        base_model,
+        PolicyStatus(status),
+        created_at,
+        run_id,
+        reward_model,
+        json.loads(metrics),
+    )
 
 
 def list_policies(db: Database) -> list[Policy]:
@@ -118,11 +129,34 @@ def ensure_base_policy(db: Database, state: Path, model: Path) -> Policy:
     path, sha256 = publish_folder(state, BASE_POLICY, lambda folder: write_identity_adapter(model, folder))
     policy = Policy(BASE_POLICY, None, path, sha256, fingerprint, PolicyStatus.PROMOTED, timestamp())
     with transaction(db):
-        db.execute(
-            f"INSERT INTO policies ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?)",
-            (policy.name, None, path, sha256, fingerprint, policy.status, policy.created_at),
-        )
+        insert(db, policy)
     return policy
+
+
+def insert(db: Database, policy: Policy) -> None:
+    """Make a published folder known. Call inside a transaction, after `publish_folder`."""
+    p = policy
+    db.execute(
+        f"INSERT INTO policies ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            p.name,
+            p.parent,
+            p.path,
+            p.sha256,
+            p.base_model,
+            p.status,
+            p.created_at,
+            p.run_id,
+            p.reward_model,
+            json.dumps(p.metrics),
+        ),
+    )
+
+
+def next_name(db: Database) -> str:
+    """The name of the policy after the last; none is ever used again."""
+    last = db.execute("SELECT max(name) FROM policies").fetchone()[0]
+    return f"policy-{int(last.rpartition('-')[2]) + 1:04d}"
 
 
 def model_fingerprint(model: Path) -> str:

@@ -106,3 +106,66 @@ def m0001_chat_by_day(db: Database) -> None:
         ) STRICT;
         """,
     )
+
+
+@migrations()
+def m0002_learn_by_night(db: Database) -> None:
+    _run(
+        db,
+        """
+        CREATE TABLE runs (
+            id TEXT PRIMARY KEY,
+            status TEXT NOT NULL CHECK (status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')),
+            requested_by TEXT NOT NULL,
+            config TEXT NOT NULL,
+            stage TEXT,
+            pid INTEGER,
+            heartbeat_at TEXT,
+            cancel_requested_at TEXT,
+            error TEXT,
+            created_at TEXT NOT NULL,
+            started_at TEXT,
+            ended_at TEXT
+        ) STRICT;
+        CREATE UNIQUE INDEX runs_one_active ON runs ((1)) WHERE status IN ('queued', 'running');
+
+        CREATE TABLE run_metrics (
+            run_id TEXT NOT NULL REFERENCES runs (id),
+            name TEXT NOT NULL,
+            step INTEGER NOT NULL,
+            value REAL,
+            PRIMARY KEY (run_id, name, step)
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TABLE run_votes (
+            run_id TEXT NOT NULL REFERENCES runs (id),
+            vote_id TEXT NOT NULL REFERENCES votes (id),
+            choice TEXT NOT NULL,
+            split TEXT NOT NULL CHECK (split IN ('train', 'judge', 'held_out')),
+            weight REAL NOT NULL,
+            PRIMARY KEY (run_id, vote_id)
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TABLE reward_models (
+            id TEXT PRIMARY KEY,
+            run_id TEXT NOT NULL REFERENCES runs (id),
+            path TEXT NOT NULL UNIQUE,
+            sha256 TEXT NOT NULL,
+            metrics TEXT NOT NULL,
+            created_at TEXT NOT NULL
+        ) STRICT;
+
+        CREATE TABLE trusted_pairs (
+            id TEXT PRIMARY KEY,
+            digest TEXT NOT NULL UNIQUE,
+            prompt TEXT NOT NULL,
+            chosen TEXT NOT NULL,
+            rejected TEXT NOT NULL,
+            created_at TEXT NOT NULL
+        ) STRICT;
+
+        ALTER TABLE policies ADD COLUMN run_id TEXT REFERENCES runs (id);
+        ALTER TABLE policies ADD COLUMN reward_model TEXT REFERENCES reward_models (id);
+        ALTER TABLE policies ADD COLUMN metrics TEXT NOT NULL DEFAULT '{}';
+        """,
+    )

@@ -1,6 +1,6 @@
 """The words everyone uses, as frozen dataclasses. Times are UTC, `YYYY-MM-DDTHH:MM:SS.mmmZ`, so they sort as text."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -63,6 +63,14 @@ class PolicyStatus(StrEnum):
     SERVING = "serving"
     RETIRED = "retired"
     ROLLED_BACK = "rolled_back"
+
+
+class RunStatus(StrEnum):
+    QUEUED = "queued"
+    RUNNING = "running"
+    SUCCEEDED = "succeeded"
+    FAILED = "failed"
+    CANCELLED = "cancelled"
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,8 +150,33 @@ class Policy:
     """The adapter's folder, relative to the state folder."""
     sha256: str
     base_model: str
+    """Fingerprint of the base model that the adapter belongs to."""
     status: PolicyStatus
     created_at: str
+    run_id: str | None = None
+    reward_model: str | None = None
+    metrics: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, slots=True)
+class Run:
+    """One training run."""
+
+    id: str
+    status: RunStatus
+    requested_by: str
+    """A key's id, `cli`, or the schedule that was due."""
+    config: dict[str, Any]
+    stage: str | None
+    """What it does now, or did last."""
+    pid: int | None
+    heartbeat_at: str | None
+    cancel_requested_at: str | None
+    error: str | None
+    """Why it failed, and what to do."""
+    created_at: str
+    started_at: str | None
+    ended_at: str | None
 
 
 def timestamp(at: datetime | None = None, *, plus_s: float = 0.0) -> str:

@@ -320,6 +320,25 @@ def votes_export(
     typer.echo(f"{len(lines)} votes written to {output}", err=True)
 
 
+@votes_app.command("import-trusted")
+def votes_import_trusted(file: Path, state: State = None, json: Json = False) -> None:
+    """Take your own preferences from a JSONL file in TRL's format."""
+    from data import trusted
+    from data.database import transaction
+
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise fail(f"{file} cannot be read: {error}") from None
+    with _database(state) as db:
+        try:
+            with transaction(db):
+                new, known = trusted.import_lines(db, lines, actor="cli")
+        except trusted.BadPair as error:
+            raise fail(f"{error} Nothing was imported.") from None
+    typer.echo(jsonlib.dumps({"new": new, "known": known}) if json else f"{new} new pairs, {known} known already")
+
+
 @policies_app.command("list")
 def policies_list(state: State = None, json: Json = False) -> None:
     """All versions of the policy and what became of them."""

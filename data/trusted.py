@@ -52,7 +52,7 @@ def import_lines(db: Database, lines: Iterable[str], *, actor: str) -> tuple[int
 
 def list_pairs(db: Database) -> list[TrustedPair]:
     """In the order of import."""
-    rows = db.execute("SELECT id, prompt, chosen, rejected FROM trusted_pairs ORDER BY id")
+    rows = db.execute("SELECT id, prompt, chosen, rejected FROM trusted_pairs ORDER BY rowid")
     return [TrustedPair(id, json.loads(prompt), chosen, rejected) for id, prompt, chosen, rejected in rows]
 
 

@@ -70,6 +70,7 @@ class Rewriter:
                 self.usage = chunk["usage"]
             if chunk.get("choices"):  # another version's field order: slower, but right
                 self._events.append(event)
+                self.created = chunk["created"]
                 chunk |= self._new_head
                 if self._index is not None:
                     chunk["choices"][0]["index"] = self._index

@@ -14,7 +14,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from data import registry
 from data.database import Writer, connect
 from data.settings import Settings, load_settings
-from data.types import Key, PolicyStatus, Role
+from data.types import Key, Policy, PolicyStatus, Role
 from service import admin, chat, comparisons, errors
 from service.auth import needs
 from service.engine import Engines
@@ -57,18 +57,21 @@ def _open_state(settings: Settings, metrics: Metrics, rng: random.Random) -> Sta
     reader = connect(settings.database)
     writer = Writer(settings.database)
 
-    def wanted() -> list[tuple[str, Path]]:
+    def wanted() -> list[Policy]:
         policy = registry.serving(reader)
         if policy is None:
             raise RuntimeError(f"{settings.database} holds no policy to serve: start with `nightshift up`")
-        return [(policy.name, registry.checked_folder(settings.state, policy))]
+        return [policy]
+
+    def folder_of(policy: Policy) -> Path:
+        return registry.checked_folder(settings.state, policy)
 
     def confirmed() -> None:
         policy = registry.serving(reader)
         if policy is not None and policy.status is PolicyStatus.PROMOTED:
             writer.submit(lambda db: registry.set_serving(db, policy.name)).result()
 
-    engines = Engines(settings.engine, wanted, confirmed)
+    engines = Engines(settings.engine, wanted, folder_of, confirmed)
     return State(settings, reader, writer, engines, metrics, rng)
 
 

@@ -15,6 +15,7 @@ import orjson
 from pysqlite3 import dbapi2 as sqlite3
 
 from data.settings import EngineSettings
+from data.types import Policy
 from service.errors import ApiError, engine_failed, not_ready
 
 log = logging.getLogger("nightshift.engine")
@@ -61,15 +62,18 @@ class Engines:
     def __init__(
         self,
         settings: EngineSettings,
-        wanted: Callable[[], list[tuple[str, Path]]],
+        wanted: Callable[[], list[Policy]],
+        folder_of: Callable[[Policy], Path],
         confirmed: Callable[[], None],
     ) -> None:
-        """`wanted()` names the policies that every engine must hold, with their checked folders, the serving one
-        first; it may raise RuntimeError with a message for the operator. `confirmed()` is called when an engine has
-        loaded and warmed all of them, before it gets traffic."""
+        """`wanted()` is asked at every look for the policies that every engine must hold, the serving one first, and
+        `folder_of(policy)`, in another thread, for the checked folder of one that is to be loaded; both may raise
+        RuntimeError with a message for the operator. `confirmed()` is called when an engine has loaded and warmed all
+        of them, before it gets traffic."""
         self.engines = [Engine(url.rstrip("/")) for url in settings.urls]
         self._settings = settings
         self._wanted = wanted
+        self._folder_of = folder_of
         self._confirmed = confirmed
         self._watchers: list[asyncio.Task[None]] = []
 
@@ -167,22 +171,26 @@ class Engines:
         async with self._http.get(f"{engine.url}/v1/models", timeout=HEALTH_TIMEOUT) as response:
             if response.status != 200:
                 raise EngineProblem(f"/v1/models answers {response.status}: is engine.api_key right?")
-            models = (await response.json())["data"]
-        held = {model["id"]: model for model in models}
+            try:
+                held = {model["id"]: model for model in (await response.json())["data"]}
+            except (ValueError, LookupError, TypeError):
+                raise EngineProblem("/v1/models does not answer as vLLM does: is this URL right?") from None
         wanted = self._wanted()
-        if engine.ready and all(name in held for name, _ in wanted):
+        if engine.ready and all(policy.name in held for policy in wanted):
             return
         engine.ready = False
-        for name, folder in wanted:
-            if name not in held:
-                await self._load(engine, name, folder)
-            elif held[name].get("root") != str(folder):
-                raise EngineProblem(f"it holds another {name}, from {held[name].get('root')}: restart that server")
-            await self._warm(engine, name)
-        engine.context_length = min((m["max_model_len"] for m in models if m.get("max_model_len")), default=None)
+        for policy in wanted:
+            folder = await asyncio.to_thread(self._folder_of, policy)
+            if policy.name not in held:
+                await self._load(engine, policy.name, folder)
+            elif (root := held[policy.name].get("root")) != str(folder):
+                raise EngineProblem(f"it holds another {policy.name}, from {root}: restart that server")
+            await self._warm(engine, policy.name)
+        lengths = (model.get("max_model_len") for model in held.values())
+        engine.context_length = min((length for length in lengths if length), default=None)
         self._confirmed()
         engine.ready, engine.problem = True, ""
-        log.info("%s is ready with %s", engine.url, ", ".join(name for name, _ in wanted))
+        log.info("%s is ready with %s", engine.url, ", ".join(policy.name for policy in wanted))
 
     async def _load(self, engine: Engine, name: str, folder: Path) -> None:
         engine.problem = f"loading {name}"

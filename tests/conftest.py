@@ -41,6 +41,7 @@ class Reply:
     logprobs: dict[str, Any] | None = None
     tool_calls: list[dict[str, Any]] | None = None
     """Deltas of tool calls, each a chunk of its own, instead of text."""
+    reasoning: str | None = None
     hold_after: int | None = None
     """Stop after so many pieces until `FakeEngine.go_on` is set."""
     die_after: int | None = None
@@ -198,11 +199,10 @@ class FakeEngine:
             _break(request)
             return response
         await response.prepare(request)
-        sent = 0
         first, deltas, last = stream_chunks(body["model"], reply)
         for chunk in first:
             await response.write(chunk)
-        for delta in deltas:
+        for sent, delta in enumerate(deltas):
             if sent == reply.hold_after:
                 await self.go_on.wait()
             if sent == reply.die_after:
@@ -218,7 +218,6 @@ class FakeEngine:
                 await response.write(b"data: [DONE]\n\n")
                 return response
             await response.write(delta)
-            sent += 1
         for chunk in last:
             await response.write(chunk)
         if body.get("stream_options", {}).get("include_usage"):
@@ -286,7 +285,7 @@ def whole_body(model: str, reply: Reply) -> dict[str, Any]:
     choices = []
     for index, pieces in enumerate(reply.choices):
         message = {"role": "assistant", "content": "".join(pieces), "refusal": None, "annotations": None, "audio": None}
-        message |= {"function_call": None, "tool_calls": [], "reasoning": None}
+        message |= {"function_call": None, "tool_calls": [], "reasoning": reply.reasoning}
         if reply.tool_calls is not None:
             message |= {"content": None, "tool_calls": reply.tool_calls}
         choices.append(
@@ -589,8 +588,7 @@ async def _served(app: FastAPI) -> AsyncIterator[str]:
             listening.close()
         for connection in list(server.server_state.connections):
             connection.shutdown()
-        while server.server_state.tasks:
-            await asyncio.sleep(0.001)
+        await asyncio.gather(*server.server_state.tasks)
         await server.lifespan.shutdown()
 
 

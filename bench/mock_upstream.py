@@ -21,6 +21,7 @@ ANSWER_S = FIRST_TOKEN_S + (TOKENS - 1) * BETWEEN_TOKENS_S
 PROMPT_TOKENS = 40
 
 WORDS = [" the", " sea", " is", " calm", " and", " a", " small", " boat", ",", " far", " out", "."]
+FINGERPRINT = "vllm-0.32.0-e33e29d0"
 USAGE = {"prompt_tokens": PROMPT_TOKENS, "total_tokens": PROMPT_TOKENS + TOKENS, "completion_tokens": TOKENS}
 
 
@@ -88,13 +89,14 @@ class Upstream(asyncio.Protocol):
         }  # fmt: skip
         choice = {
             "index": 0, "message": message, "logprobs": None, "finish_reason": "length", "stop_reason": None,
-            "token_ids": None,
+            "token_ids": None, "routed_experts": None,
         }  # fmt: skip
         body = {
             "id": request_id, "object": "chat.completion", "created": int(time.time()), "model": request["model"],
-            "choices": [choice], "service_tier": None, "system_fingerprint": None,
-            "usage": USAGE | {"prompt_tokens_details": None}, "prompt_logprobs": None, "prompt_token_ids": None,
-            "prompt_text": None, "kv_transfer_params": None, "ec_transfer_params": None, "metrics": None,
+            "choices": [choice], "service_tier": None, "system_fingerprint": FINGERPRINT,
+            "usage": USAGE | {"prompt_tokens_details": None, "completion_tokens_details": None},
+            "prompt_logprobs": None, "prompt_token_ids": None, "prompt_text": None, "kv_transfer_params": None,
+            "ec_transfer_params": None, "metrics": None,
         }  # fmt: skip
         self._loop.call_at(arrived + ANSWER_S, self._json, body)
 
@@ -115,15 +117,15 @@ class _Stream:
     def _token(self, k: int) -> None:
         if k == 0:
             self.transport.write(_head("text/event-stream; charset=utf-8", "transfer-encoding: chunked"))
-            self._event([{"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None,
-                          "finish_reason": None}])  # fmt: skip
+            first = {"index": 0, "delta": {"role": "assistant", "content": ""}, "logprobs": None, "finish_reason": None}
+            self._event([first], prompt_token_ids=None, prompt_text=None)
         choice: dict[str, Any] = {"index": 0, "delta": {"content": WORDS[k % len(WORDS)]}, "logprobs": None}
         if k < TOKENS - 1:
             self._event([choice | {"finish_reason": None, "token_ids": None}])
             return
         self._event([choice | {"finish_reason": "length", "stop_reason": None, "token_ids": None}])
         if self.include_usage:
-            self._event([], usage=USAGE)
+            self._event([], usage=USAGE, system_fingerprint=FINGERPRINT)
         self._chunk(b"data: [DONE]\n\n")
         self.transport.write(b"0\r\n\r\n")
 
@@ -137,8 +139,9 @@ class _Stream:
 
 
 def _head(content_type: str, length: str) -> bytes:
-    lines = ["HTTP/1.1 200 OK", f"date: {formatdate(usegmt=True)}", "server: uvicorn", length]
-    return "\r\n".join([*lines, f"content-type: {content_type}", "", ""]).encode()
+    date = f"date: {formatdate(usegmt=True)}"
+    lines = ["HTTP/1.1 200 OK", date, "server: uvicorn", f"content-type: {content_type}", "vary: Origin", length]
+    return "\r\n".join([*lines, "", ""]).encode()
 
 
 def _dumps(value: Any) -> bytes:

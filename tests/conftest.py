@@ -19,10 +19,21 @@ from aiohttp import web
 from fastapi import FastAPI
 from sqlite_utils import Database
 
-from data import keys, registry
+from data import comparisons, completions, keys, registry
 from data.database import connect, transaction
+from data.ids import new_id
 from data.settings import EngineSettings, Settings
-from data.types import Feedback, Key, Role
+from data.types import (
+    BASE_POLICY,
+    Comparison,
+    ComparisonKind,
+    Completion,
+    CompletionStatus,
+    Feedback,
+    Key,
+    Role,
+    timestamp,
+)
 from service.app import create_app
 from service.state import State
 
@@ -417,6 +428,57 @@ def make_key(db: Database) -> MakeKey:
             return keys.create(db, role=role, feedback=feedback, label="", actor="test")
 
     return make
+
+
+AddPair = Callable[..., str]
+
+
+@pytest.fixture
+def add_pair(db: Database) -> AddPair:
+    """Put two answers and their comparison into the record; the comparison's id."""
+
+    def add(
+        key_id: str,
+        *,
+        user: str | None = None,
+        answers: tuple[str, str] = ("One", "Two"),
+        policies: tuple[str, str] = (BASE_POLICY, BASE_POLICY),
+        messages: list[dict[str, Any]] | None = None,
+        kind: ComparisonKind = ComparisonKind.SAME_POLICY,
+        age_s: float = 0.0,
+        expires_after_s: float = 3600.0,
+    ) -> str:
+        messages = messages or [{"role": "user", "content": "Hello"}]
+        user = user or key_id
+        at = timestamp(plus_s=-age_s)
+        ids = []
+        with transaction(db):
+            for answer, policy in zip(answers, policies, strict=True):
+                row = Completion(
+                    id=new_id("cpl"),
+                    key_id=key_id,
+                    user=user,
+                    conversation=completions.conversation_of(user, messages),
+                    messages=messages,
+                    answer=answer,
+                    policy=policy,
+                    sampling={"seed": 1},
+                    status=CompletionStatus.COMPLETE,
+                    finish_reason="stop",
+                    prompt_tokens=5,
+                    completion_tokens=1,
+                    first_token_ms=None,
+                    total_ms=1.0,
+                    created_at=at,
+                )
+                completions.insert(db, row)
+                ids.append(row.id)
+            expires_at = timestamp(plus_s=expires_after_s - age_s)
+            comparison = Comparison(new_id("cmp"), key_id, ids[0], ids[1], kind, False, at, expires_at)
+            comparisons.insert(db, comparison)
+        return comparison.id
+
+    return add
 
 
 # The API

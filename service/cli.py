@@ -81,7 +81,7 @@ def _print_rows(rows: list[dict[str, Any]], *, json: bool, columns: list[str], e
     table = Table(*columns, box=None, header_style="bold")
     for row in rows:
         table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
-    Console().print(table)
+    Console(width=10_000).print(table)  # a long line wraps; an id that is cut short is of no use
 
 
 @app.command()

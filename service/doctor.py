@@ -10,6 +10,8 @@ from contextlib import closing
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 
+from pysqlite3 import dbapi2 as sqlite3
+
 from data.database import SAFE_SQLITE, connect
 from data.registry import RegistryError, checked_folder, serving
 from data.settings import Settings
@@ -60,8 +62,6 @@ def _package(name: str, distributions: list[str]) -> Check:
 
 
 def _sqlite(settings: Settings) -> Iterator[Check]:
-    from pysqlite3 import dbapi2 as sqlite3
-
     ok = sqlite3.sqlite_version_info >= SAFE_SQLITE
     yield Check("SQLite", ok, sqlite3.sqlite_version, "Install pysqlite3 0.6.1 or newer: older ones can lose votes.")
 
@@ -91,16 +91,21 @@ def _record(settings: Settings) -> Iterator[Check]:
     if not settings.database.exists():
         yield Check("Record", True, f"none yet at {settings.database}")
         return
-    with closing(connect(settings.database)) as db:
-        damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
-        yield Check("Record", damage == "ok", damage, f"Restore {settings.database} from a backup.")
-        policy = serving(db)
-        if policy is not None:
-            try:
-                checked_folder(settings.state, policy)
-                yield Check("Serving policy", True, policy.name)
-            except RegistryError as error:
-                yield Check("Serving policy", False, policy.name, str(error))
+    mend = f"Restore {settings.database} from a backup."
+    try:
+        with closing(connect(settings.database)) as db:
+            damage = db.execute("PRAGMA quick_check(1)").fetchone()[0]
+            policy = serving(db)
+    except (sqlite3.DatabaseError, RuntimeError) as error:
+        yield Check("Record", False, str(error), mend)
+        return
+    yield Check("Record", damage == "ok", damage, mend)
+    if policy is not None:
+        try:
+            checked_folder(settings.state, policy)
+            yield Check("Serving policy", True, policy.name)
+        except RegistryError as error:
+            yield Check("Serving policy", False, policy.name, str(error))
 
 
 def _engine(settings: Settings) -> Iterator[Check]:

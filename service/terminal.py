@@ -36,18 +36,15 @@ class Conversation:
         """Say `text`; the answer's chunks as they come. Raises ChatError."""
         self.messages.append({"role": "user", "content": text})
         body = {"model": self._model, "messages": self.messages, "stream": True, "feedback": self._feedback}
-        try:
-            async with self._http.post(f"{self._url}/v1/chat/completions", json=body) as response:
-                if response.status != 200:
-                    raise ChatError(_message(await response.text()))
-                async for line in response.content:
-                    if line.startswith(b"data: {"):
-                        chunk = jsonlib.loads(line[6:])
-                        if "error" in chunk:
-                            raise ChatError(chunk["error"]["message"])
-                        yield chunk
-        except aiohttp.ClientError as error:
-            raise ChatError(f"{self._url} cannot be reached ({error}). Is `nightshift up` running there?") from None
+        async with self._http.post(f"{self._url}/v1/chat/completions", json=body) as response:
+            if response.status != 200:
+                raise ChatError(_message(await response.text()))
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    chunk = jsonlib.loads(line[6:])
+                    if "error" in chunk:
+                        raise ChatError(chunk["error"]["message"])
+                    yield chunk
 
     async def vote(self, comparison: str, choice: str) -> dict[str, Any]:
         """Raises ChatError."""
@@ -67,7 +64,9 @@ def _message(body: str) -> str:
 
 
 async def converse(url: str, key: str, *, model: str, feedback: str, message: str | None, json: bool) -> None:
-    """One message, or a conversation up to the end of input. With `json`, one object a turn on standard output."""
+    """One message, or a conversation up to the end of input. With `json`, one object a turn on standard output.
+
+    Raises ChatError."""
     console = Console(stderr=json)
     headers = {"Authorization": f"Bearer {key}"}
     async with aiohttp.ClientSession(headers=headers, timeout=TIMEOUT) as http:
@@ -77,7 +76,10 @@ async def converse(url: str, key: str, *, model: str, feedback: str, message: st
             if text is None:
                 return
             if text.strip():
-                await _turn(talk, text, console, json=json)
+                try:
+                    await _turn(talk, text, console, json=json)
+                except aiohttp.ClientError as error:
+                    raise ChatError(f"{url} cannot be reached ({error}). Is `nightshift up` running there?") from None
             if message is not None:
                 return
 

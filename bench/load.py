@@ -1,6 +1,7 @@
 """The load: many HTTP/1.1 connections on one event loop, each request timed. Nothing here knows what is asked."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -166,9 +167,9 @@ def _run(results: Sequence[Exchange | BaseException], lateness: list[float], wal
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The smallest value that at least a share `q` of `values` does not exceed; NaN for none."""
+    """The smallest of `values` that at least a share `q` of them does not exceed; NaN for none."""
     ordered = sorted(values)
-    return ordered[min(int(q * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
+    return ordered[math.ceil(q * len(ordered)) - 1] if ordered else float("nan")
 
 
 async def until_ready(target: Target, path: str, process: asyncio.subprocess.Process, *, seconds: float) -> None:

@@ -360,11 +360,23 @@ async def test_a_vote_on_an_expired_comparison_is_410(open_house: OpenHouse, eng
 # 413
 
 
-async def test_a_body_declared_too_large_is_413_before_it_is_sent(open_house: OpenHouse, engine: FakeEngine) -> None:
+async def test_a_body_declared_too_large_is_413(open_house: OpenHouse, engine: FakeEngine) -> None:
     house = await open_house(engine, server={"max_body_bytes": 1024})
     answer = await house.chat(messages=[{"role": "user", "content": "x" * 1100}])
     assert_error(answer, 413, "invalid_request_error", "body_too_large", "larger than 1024 bytes", "shorter messages")
     assert engine.chats == []
+
+
+async def test_a_body_declared_too_large_is_not_waited_for(house: House) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(house.url.rpartition(":")[2]))
+    try:
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
+        async with asyncio.timeout(5):
+            status = await reader.readline()
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    assert status.startswith(b"HTTP/1.1 413 ")
 
 
 async def test_a_chunked_body_that_grows_too_large_is_413(open_house: OpenHouse, engine: FakeEngine) -> None:

@@ -5,6 +5,7 @@ writes all the time (the API) hands its work to a `Writer`, which commits many w
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def connect(path: Path) -> sqlite_utils.Database:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
     connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-    connection.execute("PRAGMA journal_mode = WAL")
+    _use_wal(connection)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     db = sqlite_utils.Database(connection)
@@ -41,6 +42,19 @@ def connect(path: Path) -> sqlite_utils.Database:
         with transaction(db):  # two processes that start together must not both migrate
             migrations.apply(db)
     return db
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    # While another process makes the same file WAL, SQLite says "locked" at once, whatever the timeout.
+    give_up = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
 
 
 @contextmanager

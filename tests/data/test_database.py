@@ -61,6 +61,29 @@ def test_every_connection_has_our_pragmas(reader: Database) -> None:
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 10_000}
 
 
+def test_a_file_that_another_process_is_just_making_is_waited_for(tmp_path: Path) -> None:
+    first = sqlite3.connect(str(tmp_path / "fresh.db"), isolation_level=None)
+    first.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(connect, tmp_path / "fresh.db")
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.05)
+        first.execute("COMMIT")
+        opened = second.result()
+    assert opened.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    opened.close()
+    first.close()
+
+
+def test_a_file_that_stays_locked_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 20)
+    first = sqlite3.connect(str(tmp_path / "fresh.db"), isolation_level=None)
+    first.execute("BEGIN IMMEDIATE")
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        connect(tmp_path / "fresh.db")
+    first.close()
+
+
 def test_sqlite_is_one_that_loses_no_votes(reader: Database, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(map(int, reader.execute("SELECT sqlite_version()").fetchone()[0].split("."))) >= (3, 51, 3)
     monkeypatch.setattr(database, "SAFE_SQLITE", (99, 0, 0))

@@ -531,10 +531,10 @@ async def test_a_record_that_cannot_be_read_is_503(house: House, monkeypatch: py
 async def test_an_answer_over_the_time_limit_is_504_and_stopped(
     open_house: OpenHouse, engine: FakeEngine, feedback: str
 ) -> None:
-    house = await open_house(engine, chat={"timeout_s": 0.1})
+    house = await open_house(engine, chat={"timeout_s": 0.5})
     engine.answer = lambda body: Reply(hold_after=0)
     answer = await house.chat(feedback=feedback)
-    assert_error(answer, 504, "timeout_error", "timeout", "longer than 0.1 s", "fewer tokens")
+    assert_error(answer, 504, "timeout_error", "timeout", "longer than 0.5 s", "fewer tokens")
     await eventually(lambda: engine.chats and all(chat.cut_off for chat in engine.chats))
     rows = await house.rows("completions")
     assert {row["status"] for row in rows} == {"aborted"}
@@ -544,7 +544,7 @@ async def test_an_answer_over_the_time_limit_is_504_and_stopped(
 async def test_a_stream_over_the_time_limit_ends_with_an_error_event(
     open_house: OpenHouse, engine: FakeEngine, feedback: str
 ) -> None:
-    house = await open_house(engine, chat={"timeout_s": 0.1})
+    house = await open_house(engine, chat={"timeout_s": 0.5})
     engine.answer = lambda body: say("One", " two", hold_after=1)
     answer = await house.chat(stream=True, feedback=feedback)
     assert answer.status == 200

@@ -77,31 +77,40 @@ class Writer:
     which with synchronous=FULL means: on disk."""
 
     LARGEST_GROUP = 256
+    PATIENCE_S = 0.02
+    """How long a write that nobody waits for may wait for others, to share their fsync."""
 
     def __init__(self, path: Path) -> None:
         self._db = connect(path)
         self._waiting: queue.SimpleQueue[tuple[Callable[[sqlite_utils.Database], Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
+        self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[sqlite_utils.Database], T]) -> Future[T]:
-        """Run `work(db)` inside the next transaction; the future holds what it returned or raised."""
+    def submit(self, work: Callable[[sqlite_utils.Database], T], *, patient: bool = False) -> Future[T]:
+        """Run `work(db)` inside the next transaction; the future holds what it returned or raised. `patient` work may
+        be kept for PATIENCE_S, though never beyond what is submitted after it."""
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # a caller that goes away does not undo its write
         self._waiting.put((work, future))
+        if not patient:
+            self._hurry.set()
         return future
 
     def close(self) -> None:
         """Finish what waits, then close."""
         self._waiting.put(None)
+        self._hurry.set()
         self._thread.join()
 
     def _run(self) -> None:
         closing = False
         while not closing:
             item = self._waiting.get()
+            self._hurry.wait(self.PATIENCE_S)
+            self._hurry.clear()
             group = []
             while item is not None:
                 group.append(item)

@@ -209,6 +209,31 @@ def test_what_waits_together_is_committed_together(writer: Writer, monkeypatch: 
     assert commits == [1, 256, 256, 88]  # what held the writer, then all the rest
 
 
+@pytest.mark.timeout(20)
+def test_patient_work_goes_to_disk_with_whatever_is_submitted_after_it(
+    writer: Writer, reader: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writer, "PATIENCE_S", 3600.0)
+    patient = writer.submit(lambda db: db.execute("INSERT INTO notes VALUES ('patient')"), patient=True)
+    writer.submit(lambda db: db.execute("INSERT INTO notes VALUES ('urgent')")).result()
+    assert patient.done()
+    assert [row["text"] for row in reader.query("SELECT text FROM notes ORDER BY rowid")] == ["patient", "urgent"]
+
+
+@pytest.mark.timeout(20)
+def test_closing_does_not_wait_for_patience(path: Path, reader: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Writer, "PATIENCE_S", 3600.0)
+    writer = Writer(path)
+    writer.submit(lambda db: db.execute("INSERT INTO notes VALUES ('patient')"), patient=True)
+    writer.close()
+    assert reader.execute("SELECT count(*) FROM notes").fetchone()[0] == 1
+
+
+def test_patient_work_is_done_though_nothing_follows_it(writer: Writer, reader: Database) -> None:
+    writer.submit(lambda db: db.execute("INSERT INTO notes VALUES ('patient')"), patient=True).result(timeout=20)
+    assert reader.execute("SELECT count(*) FROM notes").fetchone()[0] == 1
+
+
 def test_when_the_disk_is_full_nothing_of_the_group_is_acknowledged(writer: Writer, reader: Database) -> None:
     writer.submit(lambda db: db.execute("PRAGMA max_page_count = 1")).result()
     stuck = Stuck(writer)

@@ -106,7 +106,11 @@ class Target:
         if connection is None:
             loop = asyncio.get_running_loop()
             _, connection = await loop.create_connection(_Connection, self._host, self._port)
-        exchange = await connection.request(request)
+        try:
+            exchange = await connection.request(request)
+        except asyncio.CancelledError:
+            connection.close()
+            raise
         if connection.open:
             self._idle.append(connection)
         return exchange

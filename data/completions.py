@@ -70,5 +70,6 @@ def forget_user(db: Database, user: str, *, actor: str) -> int:
         {"user": user},
     )
     emptied: int = db.execute("SELECT changes()").fetchone()[0]
-    audit.record(db, actor=actor, action="user.forget", subject=user)
+    if emptied:
+        audit.record(db, actor=actor, action="user.forget", subject=user)
     return emptied

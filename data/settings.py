@@ -116,12 +116,21 @@ class Settings(BaseSettings):
         return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml)
 
 
+NOT_SETTINGS = {"CONFIG", "URL", "API_KEY"}
+"""Names in the environment with another meaning: the file of settings, and what `nightshift chat` talks to."""
+
+
 class BadSettings(ValueError):
     """A setting that cannot be used; the message says which and why."""
 
 
 def load_settings(**given: object) -> Settings:
     """The settings in force; `given` (of the command line) wins. Raises BadSettings."""
+    fields = {name.upper() for name in Settings.model_fields}
+    for name in os.environ:
+        first = name.upper().removeprefix("NIGHTSHIFT_").partition("__")[0]
+        if name.upper().startswith("NIGHTSHIFT_") and first not in fields | NOT_SETTINGS:
+            raise BadSettings(f"{name} in the environment is no setting; there are {', '.join(sorted(fields))}.")
     config = os.environ.get("NIGHTSHIFT_CONFIG")
     if config and not Path(config).is_file():
         raise BadSettings(f"NIGHTSHIFT_CONFIG names {config}, which is not a file.")

@@ -1,5 +1,6 @@
 """Wiring only: settings in, an ASGI app out."""
 
+import asyncio
 import gc
 import logging
 import random
@@ -67,10 +68,10 @@ def _open_state(settings: Settings, metrics: Metrics, rng: random.Random) -> Sta
     def folder_of(policy: Policy) -> Path:
         return registry.checked_folder(settings.state, policy)
 
-    def confirmed() -> None:
+    async def confirmed() -> None:
         policy = registry.serving(reader)
         if policy is not None and policy.status is PolicyStatus.PROMOTED:
-            writer.submit(lambda db: registry.set_serving(db, policy.name)).result()
+            await asyncio.wrap_future(writer.submit(lambda db: registry.set_serving(db, policy.name)))
 
     engines = Engines(settings.engine, wanted, folder_of, confirmed)
     return State(settings, reader, writer, engines, metrics, rng)

@@ -216,7 +216,7 @@ async def _answer_pair(call: _Call) -> bytes:
     whole = [answer for answer in pair if answer.status is CompletionStatus.COMPLETE]
     shown = whole if asked else whole[:1]
     response = {
-        "id": asked["id"] if asked else shown[0].id,
+        "id": shown[0].id,
         "object": "chat.completion",
         "created": bodies[0]["created"],
         "model": call.state.settings.chat.model_name,
@@ -232,8 +232,7 @@ async def _answer_pair(call: _Call) -> bytes:
 async def _stream_pair(call: _Call, send: sse.SendBytes) -> None:
     pair = _begin_pair(call)
     model = call.state.settings.chat.model_name
-    stream_id = new_id("cpl")
-    rewriters = [sse.Rewriter(id=stream_id, model=model, fingerprint=None, index=index) for index in (0, 1)]
+    rewriters = [sse.Rewriter(id=pair[0].id, model=model, fingerprint=None, index=index) for index in (0, 1)]
     readers = [
         asyncio.create_task(_forward(call, answer, rewrite, send))
         for answer, rewrite in zip(pair, rewriters, strict=True)
@@ -254,7 +253,7 @@ async def _stream_pair(call: _Call, send: sse.SendBytes) -> None:
         raise
     readers[1].exception()  # seen: a lone first answer is a plain answer
     asked = await _log_pair(call, pair)
-    last = _last_chunk(call, stream_id, rewriters[0].created, None if asked else pair[0].policy, pair)
+    last = _last_chunk(call, pair[0].id, rewriters[0].created, None if asked else pair[0].policy, pair)
     if asked:
         last["comparison"] = asked
     if asked or call.include_usage:
@@ -319,6 +318,9 @@ async def _complete(call: _Call, answer: _Answer) -> dict[str, Any]:
     try:
         async with call.state.engines.chat(_payload(call, answer)) as upstream:
             body: dict[str, Any] = orjson.loads(await upstream.read())
+    except orjson.JSONDecodeError:
+        answer.status = CompletionStatus.FAILED
+        raise engine_failed("its answer is not JSON") from None
     except ApiError:
         answer.status = CompletionStatus.FAILED
         raise

@@ -4,7 +4,7 @@ vLLM is spoken to over HTTP only. Nothing of it is reachable through us but what
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -64,7 +64,7 @@ class Engines:
         settings: EngineSettings,
         wanted: Callable[[], list[Policy]],
         folder_of: Callable[[Policy], Path],
-        confirmed: Callable[[], None],
+        confirmed: Callable[[], Awaitable[None]],
     ) -> None:
         """`wanted()` is asked at every look for the policies that every engine must hold, the serving one first, and
         `folder_of(policy)`, in another thread, for the checked folder of one that is to be loaded; both may raise
@@ -124,15 +124,19 @@ class Engines:
                         headers={"Content-Type": "application/json"},
                         timeout=CHAT_TIMEOUT,
                     )
-                except aiohttp.ClientConnectorError as error:
+                except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
                     engine.lost(str(error))  # nothing was sent: another engine may take it
                     continue
                 except aiohttp.ClientError as error:
                     engine.wake.set()
                     raise engine_failed(type(error).__name__) from error
                 try:
+                    if response.status == 404:
+                        engine.lost(f"it lost a policy ({(await response.text())[:200]})")
+                        continue
                     if response.status != 200:
-                        raise await _refusal(response, engine)
+                        engine.wake.set()  # look at it soon, whatever it was
+                        raise await _refusal(response)
                     yield response
                 except aiohttp.ClientError as error:
                     engine.wake.set()
@@ -188,7 +192,7 @@ class Engines:
             await self._warm(engine, policy.name)
         lengths = (model.get("max_model_len") for model in held.values())
         engine.context_length = min((length for length in lengths if length), default=None)
-        self._confirmed()
+        await self._confirmed()
         engine.ready, engine.problem = True, ""
         log.info("%s is ready with %s", engine.url, ", ".join(policy.name for policy in wanted))
 
@@ -210,7 +214,7 @@ class Engines:
                 raise EngineProblem(f"the warm-up of {name} failed: {(await response.text())[:500]}")
 
 
-async def _refusal(response: aiohttp.ClientResponse, engine: Engine) -> ApiError:
+async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
     """What a status other than 200 from vLLM means to the client."""
     text = await response.text()
     try:
@@ -228,8 +232,4 @@ async def _refusal(response: aiohttp.ClientResponse, engine: Engine) -> ApiError
             code="engine_overloaded",
             retry_after_s=2,
         )
-    if response.status == 404:
-        engine.lost(f"it lost a policy ({message})")
-        return not_ready()
-    engine.wake.set()
     return engine_failed(f"it answered {response.status}")

@@ -22,7 +22,7 @@ async def test_an_operator_makes_a_key_that_works_and_is_shown_once(house: House
     listed = await house.call("GET", "/v1/keys", role=Role.OPERATOR)
     assert key in listed.json["data"]
     assert token.encode() not in listed.body
-    assert token.rpartition("-")[2].encode() not in listed.body
+    assert token.split("-", 2)[2].encode() not in listed.body
 
 
 async def test_a_new_key_never_asks_unless_told_to(house: House) -> None:

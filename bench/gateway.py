@@ -336,7 +336,9 @@ async def latency_half(
             taken[rate] = await latency(lanes, rate, seconds=seconds, repetitions=repetitions, rng=rng)
             asked += repetitions * max(4, round(rate * seconds))
         if failed := sum(run.failed for runs in taken.values() for run in runs["nightshift"] + runs["direct"]):
-            raise RuntimeError(f"{failed} requests had no answer of status 200")
+            raise RuntimeError(
+                f"{failed} requests, direct or through the gateway, had no answer of status 200 within 30 s"
+            )
     db = connect(database)
     logged = db.execute("SELECT count(*) FROM completions WHERE status = 'complete'").fetchone()[0]
     db.close()
@@ -455,6 +457,7 @@ def main() -> None:
     Path(".bench").mkdir(exist_ok=True)  # a real disk, unlike some /tmp
     folder = Path(tempfile.mkdtemp(prefix="gateway-", dir=".bench")).absolute()
     model, python = find_model(options.model), find_litellm(options.litellm)
+    load = os.getloadavg()[0]  # of others: ours comes on top
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             taken, tokens = runner.run(bench(folder, model, python, options))
@@ -465,7 +468,8 @@ def main() -> None:
 
     late = max(run.late_ms for runs in taken.values() for lane in runs.values() for run in lane)
     print(f"\n{latency_table(taken)}\n")
-    print(f"Median over the repetitions [least, greatest]. Requests left at most {late:.1f} ms (p99) late.\n")
+    print(f"Median over the repetitions [least, greatest]. Requests left at most {late:.1f} ms (p99) late.")
+    print(f"{os.cpu_count()} cores, load average {load:.1f} before the start.\n")
     if tokens:
         print(f"{throughput_table(tokens)}\n")
     if options.json:

@@ -243,6 +243,7 @@ def main() -> None:
 
     Path(".bench").mkdir(exist_ok=True)  # a real disk, unlike some /tmp
     folder = Path(tempfile.mkdtemp(prefix="votes-", dir=".bench")).absolute()
+    load = os.getloadavg()[0]  # of others: ours comes on top
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
             taken = runner.run(bench(folder, voters, options))
@@ -251,7 +252,8 @@ def main() -> None:
         raise
     shutil.rmtree(folder)
 
-    print(f"\n{table(taken)}\n\nMedian over the repetitions [least, greatest].\n")
+    print(f"\n{table(taken)}\n\nMedian over the repetitions [least, greatest].")
+    print(f"{os.cpu_count()} cores, load average {load:.1f} before the start.\n")
     if options.json:
         at_once = HEADLINE if HEADLINE in voters else voters[-1]
         headline = taken[f"API, {at_once} at once"]

@@ -22,6 +22,7 @@ import os
 import random
 import secrets
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -457,6 +458,7 @@ def main() -> None:
     Path(".bench").mkdir(exist_ok=True)  # a real disk, unlike some /tmp
     folder = Path(tempfile.mkdtemp(prefix="gateway-", dir=".bench")).absolute()
     model, python = find_model(options.model), find_litellm(options.litellm)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the processes started below must end with us
     load = os.getloadavg()[0]  # of others: ours comes on top
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

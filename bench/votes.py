@@ -16,6 +16,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -243,6 +244,7 @@ def main() -> None:
 
     Path(".bench").mkdir(exist_ok=True)  # a real disk, unlike some /tmp
     folder = Path(tempfile.mkdtemp(prefix="votes-", dir=".bench")).absolute()
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # the processes started below must end with us
     load = os.getloadavg()[0]  # of others: ours comes on top
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:

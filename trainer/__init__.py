@@ -1,1 +1,1 @@
-
+"""The night shift: learns from the votes."""

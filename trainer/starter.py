@@ -12,7 +12,7 @@ import os
 import random
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -50,8 +50,8 @@ class Recipe:
     """All that decides what the model becomes, but for the generator of dialogues."""
 
     seed: int = 0
-    steps: int = 5500
-    batch_tokens: int = 1536
+    steps: int = 2800
+    batch_tokens: int = 2048
     """Tokens in a step, padding included."""
     matrix_learning_rate: float = 0.02
     """Of Muon, which trains the matrices of the layers."""
@@ -160,11 +160,18 @@ def schedule(step: int, recipe: Recipe) -> float:
     return min((step + 1) / warmup, (recipe.steps - step) / (recipe.steps - warmup))
 
 
-def pretrain(recipe: Recipe, progress: Progress) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, dict[str, Any]]:
-    """Trains tokenizer and model; also returns the run's figures, with the loss of every fiftieth step."""
+def pretrain(
+    recipe: Recipe, progress: Progress, start: Path | None = None
+) -> tuple[LlamaForCausalLM, PreTrainedTokenizerFast, dict[str, Any]]:
+    """Trains tokenizer and model, or trains on those in the folder `start`; also returns the run's figures, with the
+    loss of every fiftieth step."""
     started = time.monotonic()
-    tokenizer = build_tokenizer(recipe)
-    model = build_model(recipe, tokenizer)
+    if start is None:
+        tokenizer = build_tokenizer(recipe)
+        model = build_model(recipe, tokenizer)
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(start)
+        model = AutoModelForCausalLM.from_pretrained(start, dtype=torch.float32).train()
     embedding = model.get_input_embeddings().weight
     matrices = [p for p in model.parameters() if p.ndim == 2 and p is not embedding]
     others = [p for p in model.parameters() if p.ndim < 2 or p is embedding]
@@ -283,6 +290,7 @@ def train(
     out: Annotated[Path, typer.Option(help="Folder to write; made if missing.")],
     seed: int = Recipe.seed,
     steps: int = Recipe.steps,
+    start: Annotated[Path | None, typer.Option("--from", help="Go on from this folder, at half the rates.")] = None,
     threads: Annotated[int, typer.Option(help="Threads to compute with.")] = min(2, os.cpu_count() or 1),
 ) -> None:
     """Train a starter model from scratch and save it."""
@@ -290,7 +298,11 @@ def train(
     columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed}/{task.total} steps"),
                TextColumn("loss {task.fields[loss]:.3f}"), TimeRemainingColumn())  # fmt: skip
     with Progress(*columns, console=Console(stderr=True)) as progress:
-        model, tokenizer, figures = pretrain(Recipe(seed=seed, steps=steps), progress)
+        recipe = Recipe(seed=seed, steps=steps)
+        if start is not None:
+            rates = {"matrix_learning_rate": recipe.matrix_learning_rate / 2, "learning_rate": recipe.learning_rate / 2}
+            recipe = replace(recipe, **rates)
+        model, tokenizer, figures = pretrain(recipe, progress, start)
     save(model, tokenizer, out)
     typer.echo(json.dumps(figures | {"losses": figures["losses"][-3:]}))
 

@@ -73,8 +73,12 @@ def test_at_ratio_1_the_policy_gradient_is_the_plain_one() -> None:
     assert torch.allclose(gradient, torch.where(MASK, -advantages / tokens, 0.0))
 
 
-@pytest.mark.parametrize(("shift", "advantage", "moves"), [(0.5, 1, 0), (0.5, -1, 1), (-0.5, 1, 1), (-0.5, -1, 0)])
-def test_a_clipped_token_stops_moving_only_in_the_direction_it_went(shift: float, advantage: int, moves: int) -> None:
+@pytest.mark.parametrize(
+    ("shift", "advantage", "moves"), [(0.5, 1, 0), (0.5, -1, 1), (-0.5, 1, 1), (-0.5, -1, 0)]
+)
+def test_a_clipped_token_stops_moving_only_in_the_direction_it_went(
+    shift: float, advantage: int, moves: int
+) -> None:
     logprobs = torch.full((1, 1), shift).requires_grad_()
     loss = ppo_math.policy_loss(
         logprobs=logprobs, old_logprobs=torch.zeros(1, 1), advantages=torch.full((1, 1), float(advantage)),

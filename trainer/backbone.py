@@ -1,7 +1,7 @@
 """One frozen base model in memory, and as many adapters on it as there are roles.
 
-The policy, the value model and the reward model are the same base under different adapters; the reference is the
-base with all of them off. The output head only ever sees the positions that predict response tokens, a few of
+The policy, the value model and the reward model are one base under different adapters; the reference is the
+base with all of them off. The output head sees only the positions that predict response tokens, a few of
 them at a time, so that no tensor over the whole vocabulary outlives a microbatch.
 
 Not here: full fine-tuning, quantised bases, encoder-decoder models.
@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.cache_utils import Cache
 
 from trainer.encoding import Batch
 from trainer.lora import Adapters
@@ -48,6 +49,7 @@ class Backbone:
         text_config = model.config.get_text_config()
         self.hidden_size: int = text_config.hidden_size
         self.vocab_size: int = text_config.vocab_size
+        self.layers: int = text_config.num_hidden_layers
         # What some architectures do to the logits after the head: Gemma, Cohere, Granite.
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
         self._logit_scale = getattr(text_config, "logit_scale", 1.0) / getattr(
@@ -83,6 +85,12 @@ class Backbone:
         ids = self.base.generation_config.eos_token_id
         return frozenset() if ids is None else frozenset([ids] if isinstance(ids, int) else ids)
 
+    def takes_masks(self, length: int) -> bool:
+        """Whether rows of this many tokens may come with an attention mask of their own, (B, 1, T, T)."""
+        config = self.base.config.get_text_config()
+        window = getattr(config, "sliding_window", None)
+        return config._attn_implementation == "sdpa" and (window is None or length <= window)
+
     def hidden(self, batch: Batch, columns: Tensor) -> Tensor:
         """(B, R, d) last hidden states at `columns` (B, R), under the adapter that is on."""
         states = self._decoder(
@@ -92,6 +100,22 @@ class Backbone:
             use_cache=False,
         ).last_hidden_state
         return states.gather(1, columns[:, :, None].expand(-1, -1, states.shape[-1]))
+
+    def next_hidden(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+        """(B, d) last hidden states after the tokens `ids` (B, T) that follow what is in the cache.
+
+        Args:
+            attention: (B, cached + T), False on padding.
+            positions: (B, T).
+        """
+        states = self._decoder(
+            input_ids=ids,
+            attention_mask=attention,
+            position_ids=positions,
+            past_key_values=cache,
+            use_cache=True,
+        ).last_hidden_state
+        return states[:, -1]
 
     def logits(self, hidden: Tensor) -> Tensor:
         """(..., V) logits of hidden states (..., d), in float32 or wider."""

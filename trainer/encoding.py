@@ -1,13 +1,13 @@
 """From messages to tokens and from tokens to padded batches.
 
 A *query* is the chat template's rendering of the messages up to the point where the assistant speaks; a
-*response* is what the assistant says, with the template's end token where it came to an end. Batches are padded
-on the right and cut to similar lengths: causal attention never looks at what comes later, so right padding needs
-neither a mask nor position ids, and any token serves as padding.
+*response* is what the assistant says, with the template's end token where it came to an end. Batches are
+padded on the right and cut to similar lengths: causal attention never looks at what comes later, so right
+padding needs neither a mask nor position ids, and any token serves as padding.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -62,6 +62,33 @@ def collate(answers: Sequence[Answer], device: torch.device | str = "cpu") -> Ba
         mask=mask,
         last=queries + responses - 1,
     )
+
+
+def collate_pairs(
+    chosen: Sequence[Answer], rejected: Sequence[Answer], device: torch.device | str = "cpu"
+) -> tuple[Batch, Tensor]:
+    """Rows of query, chosen and rejected response, where neither response sees the other.
+
+    The batch is that of the chosen answers; beside it (B, 2), the last columns of chosen and rejected.
+    """
+    rows = [c.query + c.response + r.response for c, r in zip(chosen, rejected, strict=True)]
+    input_ids = pad(rows, 0, device)
+    batch = collate(chosen, device)
+    split = batch.last[:, None] + 1  # where the rejected response begins
+    lengths = torch.tensor([len(a.response) for a in chosen], device=device)[:, None]
+    column = torch.arange(input_ids.shape[1], device=device)
+    in_rejected = column >= split
+    in_chosen = ~in_rejected & (column >= split - lengths)
+    unseen = in_rejected[:, :, None] & in_chosen[:, None, :]
+    causal = column[:, None] >= column
+    ends = torch.tensor([len(row) - 1 for row in rows], device=device)
+    masked = replace(
+        batch,
+        input_ids=input_ids,
+        attention_mask=(causal & ~unseen)[:, None],
+        position_ids=torch.where(in_rejected, column - lengths, column),
+    )
+    return masked, torch.stack([batch.last, ends], dim=1)
 
 
 def pad(rows: Sequence[Sequence[float]], fill: float, device: torch.device | str = "cpu") -> Tensor:

@@ -1,8 +1,8 @@
 """Low-rank adapters by name on the linear layers of one frozen model, in PEFT's file format.
 
-y = x W^T + s (x A^T) B^T with s = alpha / rank (Hu et al. 2021). PEFT computes the same; here the forward and the
-backward are each two matrix products and one fused product-and-add, without the scaled and added copies, and any
-number of adapters hang on one base of which one, or none, is on.
+y = x W^T + s (x A^T) B^T with s = alpha / rank (Hu et al. 2021). PEFT computes the same; here the low-rank
+product is added in place, forward and backward, without scaled and added copies of the activations, and any
+number of adapters hang on one base, of which one or none is on.
 """
 
 import math

@@ -14,7 +14,7 @@ def kl_rewards(
 ) -> Tensor:
     """Per-token rewards: -beta * k1 on every token, plus the answer's score on its last token.
 
-    k1 = logprob - ref_logprob (nats) is the one estimator whose expected gradient through the reward is that of
+    k1 = logprob - ref_logprob (nats) is the estimator whose expected gradient through the reward is that of
     the KL divergence; k3 has a lower variance and is biased there.
 
     Args:
@@ -72,7 +72,7 @@ def policy_loss(
 def value_loss(
     *, values: Tensor, old_values: Tensor, returns: Tensor, mask: Tensor, clip: float, tokens: int
 ) -> Tensor:
-    """Half the squared error, the larger of the plain one and that of the value kept within `clip` of the old."""
+    """Half the squared error, or that of the values kept within `clip` of the old, if it is larger."""
     clipped = old_values + (values - old_values).clamp(-clip, clip)
     loss = 0.5 * torch.maximum((values - returns).square(), (clipped - returns).square())
     return torch.where(mask, loss, 0.0).sum() / tokens

@@ -1,3 +1,4 @@
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -6,10 +7,11 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
-from tests.trainer.conftest import MakeBackbone
 from trainer import backbone as backbone_module
 from trainer.backbone import Backbone
 from trainer.encoding import Answer, Batch, collate, pad
+
+MakeBackbone = Callable[..., Backbone]
 
 
 def left_padded(answers: list[Answer]) -> Batch:

@@ -6,7 +6,8 @@ from transformers import PreTrainedTokenizerFast
 from trainer.encoding import Answer, ChatFormat, by_length, collate
 
 TEMPLATE = (
-    "{% for m in messages %}<{{ m.role }}> {{ m.content }} {% if m.role == 'assistant' %}<end> {% endif %}{% endfor %}"
+    "{% for m in messages %}<{{ m.role }}> {{ m.content }} "
+    "{% if m.role == 'assistant' %}<end> {% endif %}{% endfor %}"
     "{% if add_generation_prompt %}<assistant> {% endif %}"
 )
 WORDS = ["<unk>", "<eos>", "<end>", "<user>", "<assistant>", "a", "b", "hello", "there", "you"]

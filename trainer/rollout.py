@@ -1,0 +1,133 @@
+"""Samples answers: `local` in the trainer, or `engine` from a running vLLM, behind one signature.
+
+A sampler takes queries and one seed for each, and returns one answer each, in order. What a seed gives does
+not depend on which other queries are sampled beside it, so a run can be repeated on any number of processes.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from trainer.backbone import Backbone
+from trainer.encoding import Answer
+
+Query = tuple[int, ...]
+Sampler = Callable[[Sequence[Query], Sequence[int]], list[Answer]]
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    max_tokens: int
+    """An answer that has not ended by then is cut off."""
+    temperature: float = 1.0
+    """Logits are divided by this, here as in the trainer."""
+    end_ids: frozenset[int]
+    """The tokens that end an answer; none: every answer has `max_tokens` tokens."""
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer that is allocated once."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, heads, _, _ = key_states.shape
+        self._keys = key_states.new_empty(rows, heads, self._capacity, key_states.shape[-1])
+        self._values = value_states.new_empty(rows, heads, self._capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self._length = self._length, self._length + key_states.shape[2]
+        self._keys[:, :, start : self._length] = key_states
+        self._values[:, :, start : self._length] = value_states
+        return self._keys[:, :, : self._length], self._values[:, :, : self._length]
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        self._keys, self._values = self._keys[indices], self._values[indices]
+
+
+class LocalSampler:
+    """Batched generation on the backbone itself; finished answers leave the batch."""
+
+    def __init__(
+        self, backbone: Backbone, adapter: str | None, sampling: Sampling, *, rows: int = 256
+    ) -> None:
+        """
+        Args:
+            adapter: whose answers; None for the reference's.
+            rows: how many answers are written at once.
+        """
+        self._backbone = backbone
+        self._adapter = adapter
+        self._sampling = sampling
+        self._rows = rows
+
+    def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
+        answers: list[Answer | None] = [None] * len(queries)
+        # Queries of like length together: less padding.
+        order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+        with torch.no_grad(), self._backbone.adapters.on(self._adapter):
+            for start in range(0, len(order), self._rows):
+                rows = order[start : start + self._rows]
+                sampled = self._sample([queries[i] for i in rows], [seeds[i] for i in rows])
+                for i, response in zip(rows, sampled, strict=True):
+                    finished = response[-1] in self._sampling.end_ids
+                    answers[i] = Answer(queries[i], tuple(response), finished)
+        return [answer for answer in answers if answer is not None]
+
+    def _sample(self, queries: list[Query], seeds: list[int]) -> list[list[int]]:
+        backbone, sampling = self._backbone, self._sampling
+        longest = max(map(len, queries))
+        capacity = longest + sampling.max_tokens
+        cache = Cache(layers=[_GrowingLayer(capacity) for _ in range(backbone.layers)])
+        ids = torch.tensor([[0] * (longest - len(q)) + list(q) for q in queries], device=backbone.device)
+        lengths = torch.tensor([len(q) for q in queries], device=backbone.device)
+        # Padding is on the left, and positions count from each query's own first token.
+        attention = torch.arange(capacity, device=backbone.device) >= longest - lengths[:, None]
+        positions = (torch.arange(longest, device=backbone.device) - (longest - lengths[:, None])).clamp(
+            min=0
+        )
+        draws = torch.stack([_uniforms(seed, sampling.max_tokens) for seed in seeds]).to(backbone.device)
+        end = torch.tensor(sorted(sampling.end_ids), device=backbone.device)
+
+        responses: list[list[int]] = [[] for _ in queries]
+        alive = list(range(len(queries)))  # which query each row of the batch belongs to
+        for step in range(sampling.max_tokens):
+            tokens = self._draw(ids, attention[:, : longest + step], positions, cache, draws[:, step])
+            for i, token in zip(alive, tokens.tolist(), strict=True):
+                responses[i].append(token)
+            going = ~torch.isin(tokens, end)
+            if not going.all():
+                kept = going.nonzero()[:, 0]
+                alive = [alive[row] for row in kept.tolist()]
+                if not alive:
+                    break
+                cache.batch_select_indices(kept)
+                tokens, attention, lengths, draws = tokens[kept], attention[kept], lengths[kept], draws[kept]
+            ids, positions = tokens[:, None], (lengths + step)[:, None]
+        return responses
+
+    def _draw(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: Cache, draws: Tensor) -> Tensor:
+        """(B,) the next token of each row, by inverting its cumulative distribution at `draws` (B,)."""
+        hidden = self._backbone.next_hidden(ids, attention, positions, cache)
+        probabilities = torch.softmax(self._backbone.logits(hidden) / self._sampling.temperature, dim=-1)
+        cumulative = probabilities.double().cumsum(dim=-1)
+        tokens = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(dim=-1)
+        return tokens.clamp(max=probabilities.shape[-1] - 1)
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)

@@ -1,8 +1,8 @@
 """Proximal policy optimisation of the policy adapter, held near the reference by a KL penalty.
 
-The loop follows Ziegler et al. 2019 and Stiennon et al. 2020 with the details of Huang et al. 2024: a reward
-of -beta * k1 per token and the score on the last one, GAE, whitened advantages, clipped policy and value losses.
-Each process samples and scores its share of a step's answers; then all of them hold the figures of every one (a
+The loop follows Ziegler et al. 2019 and Stiennon et al. 2020 with the details of Huang et al. 2024: a reward of
+-beta * k1 per token and the score on the last, GAE, whitened advantages, clipped policy and value losses. Each
+process samples and scores its share of a step's answers; then all of them hold the figures of every answer (a
 few floats a token), compute the same advantages, and work on their share of each minibatch.
 
 Not here: entropy bonuses, adaptive KL coefficients, best-of-n.

@@ -4,18 +4,37 @@ A sampler takes queries and one seed for each, and returns one answer each, in o
 not depend on which other queries are sampled beside it, so a run can be repeated on any number of processes.
 """
 
+import json
+import shutil
+import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
 
 import torch
+from accelerate import Accelerator
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
 from trainer.backbone import Backbone
 from trainer.encoding import Answer
 
+LOW_PRIORITY = 10
+"""vLLM serves smaller numbers first; people's requests have 0."""
+
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
+"""How long to wait, time after time, while the engine's queue is full."""
+
 Query = tuple[int, ...]
 Sampler = Callable[[Sequence[Query], Sequence[int]], list[Answer]]
+
+
+class EngineError(Exception):
+    """The engine did not do what a rollout needs; the message says what it answered."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -131,3 +150,101 @@ class LocalSampler:
 
 def _uniforms(seed: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class EngineSampler:
+    """Generation by a running vLLM, on the adapter as it is now.
+
+    The adapter is published under a new name for every call, since vLLM caches by name, and forgotten afterwards.
+    vLLM's priority orders its queue but does not preempt what runs, so only `in_flight` requests are out at once.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapter: str,
+        sampling: Sampling,
+        *,
+        url: str,
+        folder: Path,
+        accelerator: Accelerator,
+        in_flight: int = 32,
+        timeout: float = 600.0,
+    ) -> None:
+        """
+        Args:
+            url: the engine's root, such as http://127.0.0.1:8001.
+            folder: where adapters are published; the engine reads the same path.
+            in_flight: requests out at once, over all processes.
+            timeout: seconds for one request.
+        """
+        self._backbone = backbone
+        self._adapter = adapter
+        self._sampling = sampling
+        self._url = url.rstrip("/")
+        self._folder = folder
+        self._accelerator = accelerator
+        self._in_flight = max(1, in_flight // accelerator.num_processes)
+        self._timeout = timeout
+        self._calls = 0
+
+    def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
+        """
+        Raises:
+            EngineError: the engine refused a request or could not be reached.
+        """
+        name = f"rollout-{self._folder.name}-{self._calls:05d}"
+        self._calls += 1
+        first = self._accelerator.is_main_process
+        if first:
+            self._backbone.publish(self._adapter, self._folder / name)
+            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._folder / name)})
+        self._accelerator.wait_for_everyone()
+        with ThreadPoolExecutor(self._in_flight) as threads:
+            answers = list(threads.map(partial(self._answer, name), queries, seeds))
+        self._accelerator.wait_for_everyone()
+        if first:
+            # Every request on it has been answered, so nothing reads the folder any more.
+            self._post("/v1/unload_lora_adapter", {"lora_name": name})
+            shutil.rmtree(self._folder / name)
+        return answers
+
+    def _answer(self, model: str, query: Query, seed: int) -> Answer:
+        body = {
+            "model": model,
+            "prompt": list(query),
+            "max_tokens": self._sampling.max_tokens,
+            "temperature": self._sampling.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "seed": seed,
+            "stop_token_ids": sorted(self._sampling.end_ids),
+            "logprobs": 0,
+            "return_token_ids": True,
+            "priority": LOW_PRIORITY,
+        }
+        choice = json.loads(self._post("/v1/completions", body))["choices"][0]
+        response = tuple(choice["token_ids"])
+        logprobs = tuple(choice["logprobs"]["token_logprobs"])
+        if len(response) != len(logprobs):
+            raise EngineError(f"{self._url} answered {len(response)} tokens with {len(logprobs)} logprobs")
+        return Answer(query, response, response[-1] in self._sampling.end_ids, logprobs)
+
+    def _post(self, path: str, body: dict[str, object]) -> bytes:
+        request = Request(
+            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        waits = iter(RETRY_SECONDS)
+        while True:
+            try:
+                with urlopen(request, timeout=self._timeout) as answer:
+                    return bytes(answer.read())
+            except HTTPError as error:
+                # 503: the queue is full of people's requests, which come first.
+                wait = next(waits, None) if error.code == 503 else None
+                if wait is None:
+                    said = error.read().decode(errors="replace")[:500]
+                    raise EngineError(f"{self._url}{path} answered {error.code}: {said}") from error
+                time.sleep(wait)
+            except OSError as error:
+                raise EngineError(f"{self._url}{path} cannot be reached: {error}") from error

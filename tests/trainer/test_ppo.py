@@ -25,7 +25,9 @@ def count_of_sevens(answers: Sequence[Answer]) -> Tensor:
     return torch.tensor([float(a.response.count(7)) - 0.1 * len(a.response) for a in answers])
 
 
-def run(backbone: Backbone, config: PPOConfig = CONFIG, **changes: object) -> tuple[list[dict[str, float]], bool]:
+def run(
+    backbone: Backbone, config: PPOConfig = CONFIG, **changes: object
+) -> tuple[list[dict[str, float]], bool]:
     """Learn with everything at its simplest; return the figures of each step."""
     torch.manual_seed(1)
     head = nn.Linear(backbone.hidden_size, 1).to(backbone.base.dtype)

@@ -1,1 +1,1 @@
-
+"""The day shift: answers people, asks them which answer is better, swaps policies."""

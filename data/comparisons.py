@@ -1,0 +1,220 @@
+"""Pairs waiting for a vote, and the votes."""
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+from sqlite_utils import Database
+
+from data.ids import new_id
+from data.types import Choice, Comparison, Role, Vote, timestamp
+
+
+class UnknownComparison(LookupError):
+    """No such comparison, or not this key's to vote on."""
+
+
+class ComparisonExpired(Exception):
+    """The time to vote on it is over."""
+
+
+class VoteIsFinal(Exception):
+    """There is a different vote, and the time to change it is over."""
+
+
+@dataclass(frozen=True, slots=True)
+class CastVote:
+    """A vote as it stands, and who wrote which answer."""
+
+    vote: Vote
+    policy_a: str
+    policy_b: str
+
+
+@dataclass(frozen=True, slots=True)
+class QueuedPair:
+    """What a rater sees of a comparison: nothing of who wrote it."""
+
+    id: str
+    messages: list[dict[str, Any]]
+    answer_a: str
+    answer_b: str
+    until: str
+
+
+def insert(db: Database, comparison: Comparison) -> None:
+    """Call inside the transaction that inserts its two completions."""
+    c = comparison
+    db.execute(
+        "INSERT INTO comparisons (id, key_id, a, b, kind, swapped, created_at, expires_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+        (c.id, c.key_id, c.a, c.b, c.kind, int(c.swapped), c.created_at, c.expires_at),
+    )
+
+
+def shown_lately(db: Database, user: str, *, cooldown: int) -> tuple[int, int | None]:
+    """How many comparisons `user` was shown in the last 24 hours, and how many whole answers it has had since the last
+    of them, counted up to `cooldown` (None: never shown one)."""
+    key_id = user.partition("/")[0]
+    theirs = (
+        "FROM comparisons JOIN completions ON completions.id = comparisons.a"
+        " WHERE comparisons.key_id = ? AND completions.user = ?"
+    )
+    day_ago = timestamp(plus_s=-86_400)
+    shown = db.execute(f"SELECT count(*) {theirs} AND comparisons.created_at > ?", (key_id, user, day_ago)).fetchone()[
+        0
+    ]
+    last = db.execute(f"SELECT max(comparisons.created_at) {theirs}", (key_id, user)).fetchone()[0]
+    if last is None:
+        return shown, None
+    turns = db.execute(
+        "SELECT count(*) FROM (SELECT 1 FROM completions WHERE key_id = ? AND user = ? AND created_at > ?"
+        " AND status = 'complete' LIMIT ?)",
+        (key_id, user, last, cooldown),
+    ).fetchone()[0]
+    return shown, turns
+
+
+def vote(
+    db: Database,
+    comparison_id: str,
+    *,
+    key_id: str,
+    role: Role,
+    choice: Choice,
+    comment: str | None,
+    window_s: float,
+    now: datetime | None = None,
+) -> CastVote:
+    """Cast, repeat or change a vote. Call inside a transaction.
+
+    Its owner may vote until the comparison expires, a rater whom the queue gave it while they hold it. Raises
+    UnknownComparison, ComparisonExpired, VoteIsFinal."""
+    now = now or datetime.now(UTC)
+    at = timestamp(now)
+    pair = db.execute(
+        "SELECT comparisons.key_id, rater, comparisons.created_at, expires_at, rater_since, rater_until,"
+        " first.policy, second.policy FROM comparisons"
+        " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
+        " WHERE comparisons.id = ?",
+        (comparison_id,),
+    ).fetchone()
+    if pair is None:
+        raise UnknownComparison(comparison_id)
+    owner, rater, created_at, expires_at, rater_since, rater_until, policy_a, policy_b = pair
+    if key_id == owner:
+        shown_at, until = created_at, expires_at
+    elif key_id == rater and role.covers(Role.RATER):
+        shown_at, until = rater_since, rater_until
+    else:
+        raise UnknownComparison(comparison_id)
+
+    row = db.execute(
+        "SELECT id, comparison_id, key_id, choice, comment, decided_ms, created_at, updated_at FROM votes"
+        " WHERE comparison_id = ? AND key_id = ?",
+        (comparison_id, key_id),
+    ).fetchone()
+    if row is None:
+        if at > until:
+            raise ComparisonExpired(comparison_id)
+        decided_ms = round((now - datetime.fromisoformat(shown_at)).total_seconds() * 1000)
+        cast = Vote(new_id("vote"), comparison_id, key_id, choice, comment, max(decided_ms, 0), at, at)
+        db.execute(
+            "INSERT INTO votes (id, comparison_id, key_id, choice, comment, decided_ms, created_at, updated_at)"
+            " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
+            (cast.id, comparison_id, key_id, choice, comment, cast.decided_ms, at, at),
+        )
+        return CastVote(cast, policy_a, policy_b)
+
+    before = Vote(row[0], row[1], row[2], Choice(row[3]), *row[4:])
+    if before.choice == choice:
+        return CastVote(before, policy_a, policy_b)
+    if at > timestamp(datetime.fromisoformat(before.created_at), plus_s=window_s):
+        raise VoteIsFinal(before.choice)
+    db.execute(
+        "INSERT INTO vote_history (vote_id, choice, comment, cast_at, replaced_at) VALUES (?, ?, ?, ?, ?)",
+        (before.id, before.choice, before.comment, before.updated_at, at),
+    )
+    db.execute(
+        "UPDATE votes SET choice = ?, comment = ?, updated_at = ? WHERE id = ?", (choice, comment, at, before.id)
+    )
+    after = Vote(before.id, comparison_id, key_id, choice, comment, before.decided_ms, before.created_at, at)
+    return CastVote(after, policy_a, policy_b)
+
+
+def next_for_rater(db: Database, *, key_id: str, lease_s: float) -> QueuedPair | None:
+    """The oldest pair that nobody voted on, now held for `lease_s` seconds by this rater; None when there is none.
+
+    Asking again gives the same pair until it is voted on or the hold is over. A rater's own chats are never in their
+    queue. Call inside a transaction."""
+    now = timestamp()
+    columns = (
+        "SELECT comparisons.id, first.messages, first.answer, second.answer, rater_until FROM comparisons"
+        " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
+        " WHERE NOT EXISTS (SELECT 1 FROM votes WHERE comparison_id = comparisons.id) AND first.messages <> '[]'"
+    )
+    row = db.execute(f"{columns} AND rater = ? AND rater_until > ?", (key_id, now)).fetchone()
+    if row is None:
+        row = db.execute(
+            f"{columns} AND comparisons.key_id <> ? AND (rater IS NULL OR rater_until <= ?)"
+            " ORDER BY comparisons.created_at LIMIT 1",
+            (key_id, now),
+        ).fetchone()
+        if row is None:
+            return None
+        until = timestamp(plus_s=lease_s)
+        db.execute(
+            "UPDATE comparisons SET rater = ?, rater_since = ?, rater_until = ? WHERE id = ?",
+            (key_id, now, until, row[0]),
+        )
+        row = (*row[:4], until)
+    return QueuedPair(row[0], json.loads(row[1]), row[2], row[3], row[4])
+
+
+def list_votes(db: Database, *, limit: int | None = None) -> list[dict[str, Any]]:
+    """Votes, the latest first, each with its pair's kind and the policies behind the two answers."""
+    return list(
+        db.query(
+            "SELECT votes.id, comparison_id, votes.key_id AS voter, choice, comment, decided_ms, kind,"
+            " first.policy AS policy_a, second.policy AS policy_b, votes.created_at, updated_at FROM votes"
+            " JOIN comparisons ON comparisons.id = comparison_id"
+            " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
+            " ORDER BY votes.id DESC LIMIT ?",
+            (-1 if limit is None else limit,),
+        )
+    )
+
+
+def export_preferences(db: Database) -> Iterator[dict[str, Any]]:
+    """Every vote as one record of TRL's conversational preference format, the oldest first.
+
+    a/b votes give `prompt`, `chosen` and `rejected`. For `tie` and `both_bad`, which rank nothing, `chosen` and
+    `rejected` are the answers as they were shown, and `choice` says so: drop them to train on the rest."""
+    rows = db.query(
+        "SELECT votes.id AS vote, comparison_id AS comparison, votes.key_id AS voter, choice, kind, first.user,"
+        " first.conversation, first.messages, first.answer AS answer_a, second.answer AS answer_b,"
+        " first.policy AS policy_a, second.policy AS policy_b, votes.updated_at AS voted_at FROM votes"
+        " JOIN comparisons ON comparisons.id = comparison_id"
+        " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
+        " WHERE first.messages <> '[]' ORDER BY votes.id"
+    )
+    for row in rows:
+        sides = ("b", "a") if row["choice"] == Choice.B else ("a", "b")
+        chosen, rejected = ([{"role": "assistant", "content": row[f"answer_{side}"]}] for side in sides)
+        yield {
+            "prompt": json.loads(row["messages"]),
+            "chosen": chosen,
+            "rejected": rejected,
+            "choice": row["choice"],
+            "kind": row["kind"],
+            "chosen_policy": row[f"policy_{sides[0]}"],
+            "rejected_policy": row[f"policy_{sides[1]}"],
+            "user": row["user"],
+            "conversation": row["conversation"],
+            "voter": row["voter"],
+            "vote": row["vote"],
+            "comparison": row["comparison"],
+            "voted_at": row["voted_at"],
+        }

@@ -1,0 +1,74 @@
+"""Every answer that was given, whole or broken off, and the right to have them forgotten."""
+
+import hashlib
+import json
+from typing import Any
+
+from sqlite_utils import Database
+
+from data import audit
+from data.types import Completion, timestamp
+
+
+def conversation_of(user: str, messages: list[dict[str, Any]]) -> str:
+    """A digest of the user and the talk up to its first user message: the same on every turn of one conversation.
+
+    The chat API is stateless, so the opening is all that the turns of a conversation share."""
+    opening = []
+    for message in messages:
+        opening.append([message.get("role"), message.get("content")])
+        if message.get("role") == "user":
+            break
+    return hashlib.sha256(json.dumps([user, opening], sort_keys=True).encode()).hexdigest()[:24]
+
+
+def insert(db: Database, completion: Completion) -> None:
+    """Call inside a transaction."""
+    c = completion
+    db.execute(
+        "INSERT INTO completions (id, key_id, user, conversation, messages, answer, tool_calls, policy, sampling,"
+        " status, finish_reason, prompt_tokens, completion_tokens, first_token_ms, total_ms, created_at)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (
+            c.id,
+            c.key_id,
+            c.user,
+            c.conversation,
+            json.dumps(c.messages, ensure_ascii=False),
+            c.answer,
+            None if c.tool_calls is None else json.dumps(c.tool_calls, ensure_ascii=False),
+            c.policy,
+            json.dumps(c.sampling, ensure_ascii=False),
+            c.status,
+            c.finish_reason,
+            c.prompt_tokens,
+            c.completion_tokens,
+            c.first_token_ms,
+            c.total_ms,
+            c.created_at,
+        ),
+    )
+
+
+def forget_user(db: Database, user: str, *, actor: str) -> int:
+    """Erase what `user` (a key's id, or `key/end user`) wrote and was answered, and the comments on its pairs.
+
+    The rows stay, empty, so that the lineage of a policy still adds up; an empty conversation never trains and is
+    never exported. A key's id takes its end users along. Returns the number of completions emptied. Call inside a
+    transaction."""
+    mine = "(user = :user OR substr(user, 1, length(:user) + 1) = :user || '/')"
+    pairs = f"SELECT id FROM comparisons WHERE a IN (SELECT id FROM completions WHERE {mine})"
+    about = f"comparison_id IN ({pairs}) OR key_id = :user"
+    db.execute(
+        f"UPDATE vote_history SET comment = NULL WHERE vote_id IN (SELECT id FROM votes WHERE {about})",
+        {"user": user},
+    )
+    db.execute(f"UPDATE votes SET comment = NULL WHERE {about}", {"user": user})
+    db.execute(f"UPDATE comparisons SET expires_at = :now WHERE id IN ({pairs})", {"user": user, "now": timestamp()})
+    db.execute(
+        f"UPDATE completions SET messages = '[]', answer = '', tool_calls = NULL WHERE {mine} AND messages <> '[]'",
+        {"user": user},
+    )
+    emptied: int = db.execute("SELECT changes()").fetchone()[0]
+    audit.record(db, actor=actor, action="user.forget", subject=user)
+    return emptied

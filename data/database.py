@@ -1,0 +1,124 @@
+"""Opening the record, and writing to it.
+
+Readers open a connection of their own with `connect`. A process that writes now and then uses `transaction`; one that
+writes all the time (the API) hands its work to a `Writer`, which commits many writes with one fsync."""
+
+import queue
+import threading
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import sqlite_utils
+from pysqlite3 import dbapi2 as sqlite3
+
+from data.schema import migrations
+
+T = TypeVar("T")
+
+SAFE_SQLITE = (3, 51, 3)
+"""Before this version SQLite can lose committed writes when several connections checkpoint a WAL."""
+
+BUSY_TIMEOUT_MS = 10_000
+
+
+def connect(path: Path) -> sqlite_utils.Database:
+    """A connection with our pragmas, the schema brought up to date. Raises RuntimeError on an unsafe SQLite."""
+    if sqlite3.sqlite_version_info < SAFE_SQLITE:
+        raise RuntimeError(
+            f"SQLite {sqlite3.sqlite_version} can lose committed votes; install pysqlite3 0.6.1 or newer."
+        )
+    path.parent.mkdir(parents=True, exist_ok=True)
+    connection = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
+    connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    connection.execute("PRAGMA journal_mode = WAL")
+    connection.execute("PRAGMA synchronous = FULL")
+    connection.execute("PRAGMA foreign_keys = ON")
+    db = sqlite_utils.Database(connection)
+    if migrations.pending(db):
+        with transaction(db):  # two processes that start together must not both migrate
+            migrations.apply(db)
+    return db
+
+
+@contextmanager
+def transaction(db: sqlite_utils.Database) -> Iterator[sqlite_utils.Database]:
+    """Take the write lock at once: a deferred BEGIN that reads and then writes fails beside another writer."""
+    db.execute("BEGIN IMMEDIATE")
+    try:
+        yield db
+        db.execute("COMMIT")
+    except BaseException:
+        if db.conn.in_transaction:  # a full disk may have rolled back already
+            db.execute("ROLLBACK")
+        raise
+
+
+class Writer:
+    """One thread with one connection that does all of a process's writes, as many as wait in one transaction.
+
+    Each piece of work runs in a savepoint, so one that raises undoes only itself. A future resolves after the COMMIT,
+    which with synchronous=FULL means: on disk."""
+
+    LARGEST_GROUP = 256
+
+    def __init__(self, path: Path) -> None:
+        self._db = connect(path)
+        self._waiting: queue.SimpleQueue[tuple[Callable[[sqlite_utils.Database], Any], Future[Any]] | None] = (
+            queue.SimpleQueue()
+        )
+        self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
+        self._thread.start()
+
+    def submit(self, work: Callable[[sqlite_utils.Database], T]) -> Future[T]:
+        """Run `work(db)` inside the next transaction; the future holds what it returned or raised."""
+        future: Future[T] = Future()
+        future.set_running_or_notify_cancel()  # a caller that goes away does not undo its write
+        self._waiting.put((work, future))
+        return future
+
+    def close(self) -> None:
+        """Finish what waits, then close."""
+        self._waiting.put(None)
+        self._thread.join()
+
+    def _run(self) -> None:
+        closing = False
+        while not closing:
+            item = self._waiting.get()
+            group = []
+            while item is not None:
+                group.append(item)
+                if len(group) == self.LARGEST_GROUP or self._waiting.empty():
+                    break
+                item = self._waiting.get()
+            closing = item is None
+            if group:
+                self._commit(group)
+        self._db.close()
+
+    def _commit(self, group: list[tuple[Callable[[sqlite_utils.Database], Any], Future[Any]]]) -> None:
+        done: list[tuple[Future[Any], Any]] = []
+        try:
+            with transaction(self._db):
+                for work, future in group:
+                    self._db.execute("SAVEPOINT work")
+                    try:
+                        result = work(self._db)
+                    except Exception as error:
+                        if not self._db.conn.in_transaction:
+                            raise  # the whole group is lost, not only this work
+                        self._db.execute("ROLLBACK TO work")
+                        future.set_exception(error)
+                    else:
+                        done.append((future, result))
+                    self._db.execute("RELEASE work")
+        except Exception as error:
+            for _, future in group:
+                if not future.done():
+                    future.set_exception(error)
+        else:
+            for future, result in done:
+                future.set_result(result)

@@ -1,0 +1,142 @@
+"""Training runs: asked for, claimed by one process, kept alive by its heartbeat, ended exactly once.
+
+At most one run is queued or running; a unique index of the database sees to it, whoever asks."""
+
+import json
+import os
+from typing import Any
+
+from pysqlite3 import dbapi2 as sqlite3
+from sqlite_utils import Database
+
+from data import audit
+from data.ids import new_id
+from data.types import Run, RunStatus, timestamp
+
+HEARTBEAT_STALE_S = 60.0
+"""A running run whose heartbeat is older than this has no process any more."""
+
+_COLUMNS = (
+    "id, status, requested_by, config, stage, pid, heartbeat_at, cancel_requested_at, error, created_at, started_at,"
+    " ended_at"
+)
+
+
+class RunActive(Exception):
+    """Another run is queued or running; the message is its id."""
+
+
+class UnknownRun(LookupError):
+    """No run of that id."""
+
+
+class RunLost(Exception):
+    """The run is no longer this process's: it was cancelled, or given up for dead."""
+
+
+def _run(row: tuple[Any, ...]) -> Run:
+    return Run(row[0], RunStatus(row[1]), row[2], json.loads(row[3]), *row[4:])
+
+
+def request(db: Database, *, requested_by: str, config: dict[str, Any]) -> Run:
+    """Queue a run. Raises RunActive. Call inside a transaction."""
+    give_up_the_dead(db)
+    id_ = new_id("run")
+    try:
+        db.execute(
+            "INSERT INTO runs (id, status, requested_by, config, created_at) VALUES (?, 'queued', ?, ?, ?)",
+            (id_, requested_by, json.dumps(config), timestamp()),
+        )
+    except sqlite3.IntegrityError:
+        active = db.execute("SELECT id FROM runs WHERE status IN ('queued', 'running')").fetchone()
+        raise RunActive(active[0]) from None
+    audit.record(db, actor=requested_by, action="run.request", subject=id_)
+    return get(db, id_)
+
+
+def claim(db: Database) -> Run | None:
+    """Take the queued run for this process; None when nothing is queued. Call inside a transaction."""
+    now = timestamp()
+    row = db.execute(
+        "UPDATE runs SET status = 'running', pid = ?, started_at = ?, heartbeat_at = ? WHERE status = 'queued'"
+        f" RETURNING {_COLUMNS}",
+        (os.getpid(), now, now),
+    ).fetchone()
+    return _run(row) if row else None
+
+
+def beat(db: Database, id: str, *, stage: str) -> bool:
+    """Say that the run lives and what it does; whether somebody asked to cancel it. Raises RunLost. Call inside a
+    transaction."""
+    row = db.execute(
+        "UPDATE runs SET heartbeat_at = ?, stage = ? WHERE id = ? AND status = 'running' AND pid = ?"
+        " RETURNING cancel_requested_at",
+        (timestamp(), stage, id, os.getpid()),
+    ).fetchone()
+    if row is None:
+        raise RunLost(id)
+    return row[0] is not None
+
+
+def cancel(db: Database, id: str, *, actor: str) -> Run:
+    """Cancel a queued run; ask a running one to stop. One that has ended stays as it is. Raises UnknownRun. Call inside
+    a transaction."""
+    now = timestamp()
+    db.execute("UPDATE runs SET status = 'cancelled', ended_at = ? WHERE id = ? AND status = 'queued'", (now, id))
+    db.execute("UPDATE runs SET cancel_requested_at = ? WHERE id = ? AND status = 'running'", (now, id))
+    run = get(db, id)
+    audit.record(db, actor=actor, action="run.cancel", subject=id)
+    return run
+
+
+def finish(db: Database, id: str, status: RunStatus, *, error: str | None = None) -> None:
+    """End a running run. Raises RunLost where it is not running any more. Call inside a transaction."""
+    row = db.execute(
+        "UPDATE runs SET status = ?, error = ?, ended_at = ? WHERE id = ? AND status = 'running' RETURNING id",
+        (status, error, timestamp(), id),
+    ).fetchone()
+    if row is None:
+        raise RunLost(id)
+
+
+def give_up_the_dead(db: Database) -> list[str]:
+    """Mark running runs without a fresh heartbeat as failed; their ids. Call inside a transaction."""
+    rows = db.execute(
+        "UPDATE runs SET status = 'failed', ended_at = ?, error = 'Its process died. Start another run: nothing of this"
+        " one is in use.' WHERE status = 'running' AND heartbeat_at < ? RETURNING id",
+        (timestamp(), timestamp(plus_s=-HEARTBEAT_STALE_S)),
+    )
+    return [row[0] for row in rows.fetchall()]
+
+
+def get(db: Database, id: str) -> Run:
+    """Raises UnknownRun."""
+    row = db.execute(f"SELECT {_COLUMNS} FROM runs WHERE id = ?", (id,)).fetchone()
+    if row is None:
+        raise UnknownRun(id)
+    return _run(row)
+
+
+def list_runs(db: Database, *, limit: int = 50) -> list[Run]:
+    """The latest first."""
+    rows = db.execute(f"SELECT {_COLUMNS} FROM runs ORDER BY id DESC LIMIT ?", (limit,))
+    return [_run(row) for row in rows]
+
+
+def add_metrics(db: Database, id: str, step: int, figures: dict[str, float]) -> None:
+    """Call inside a transaction. The same step again replaces its figures."""
+    for name, value in figures.items():
+        db.execute(
+            "INSERT OR REPLACE INTO run_metrics (run_id, name, step, value) VALUES (?, ?, ?, ?)",
+            (id, name, step, value),
+        )
+
+
+def metrics(db: Database, id: str) -> dict[str, list[tuple[int, float]]]:
+    """{name: [(step, value), …]} in order of steps."""
+    curves: dict[str, list[tuple[int, float]]] = {}
+    for name, step, value in db.execute(
+        "SELECT name, step, value FROM run_metrics WHERE run_id = ? ORDER BY name, step", (id,)
+    ):
+        curves.setdefault(name, []).append((step, value))
+    return curves

@@ -1,0 +1,171 @@
+"""The tables, as numbered migrations. A migration that has shipped is frozen: it imports nothing of ours and never
+changes; what comes later is a new function below the last."""
+
+from sqlite_utils import Database, Migrations
+
+migrations = Migrations("nightshift")
+
+
+def _run(db: Database, script: str) -> None:
+    # executescript would commit the transaction that the migration runs in.
+    for statement in script.split(";"):
+        if statement.strip():
+            db.execute(statement)
+
+
+@migrations()
+def m0001_chat_by_day(db: Database) -> None:
+    _run(
+        db,
+        """
+        CREATE TABLE keys (
+            id TEXT PRIMARY KEY,
+            hash BLOB NOT NULL,
+            role TEXT NOT NULL CHECK (role IN ('user', 'rater', 'operator')),
+            feedback TEXT NOT NULL CHECK (feedback IN ('off', 'auto', 'always')),
+            label TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            revoked_at TEXT
+        ) STRICT;
+
+        CREATE TABLE policies (
+            name TEXT PRIMARY KEY,
+            parent TEXT REFERENCES policies (name),
+            path TEXT NOT NULL UNIQUE,
+            sha256 TEXT NOT NULL,
+            base_model TEXT NOT NULL,
+            status TEXT NOT NULL CHECK (status IN
+                ('candidate', 'rejected', 'trial', 'promoted', 'serving', 'retired', 'rolled_back')),
+            created_at TEXT NOT NULL
+        ) STRICT;
+        CREATE UNIQUE INDEX policies_one_serves ON policies (status) WHERE status = 'serving';
+
+        CREATE TABLE completions (
+            id TEXT PRIMARY KEY,
+            key_id TEXT NOT NULL REFERENCES keys (id),
+            user TEXT NOT NULL,
+            conversation TEXT NOT NULL,
+            messages TEXT NOT NULL,
+            answer TEXT NOT NULL,
+            tool_calls TEXT,
+            policy TEXT NOT NULL REFERENCES policies (name),
+            sampling TEXT NOT NULL,
+            status TEXT NOT NULL CHECK (status IN ('complete', 'aborted', 'failed')),
+            finish_reason TEXT,
+            prompt_tokens INTEGER,
+            completion_tokens INTEGER,
+            first_token_ms REAL,
+            total_ms REAL NOT NULL,
+            created_at TEXT NOT NULL
+        ) STRICT;
+        CREATE INDEX completions_by_key ON completions (key_id, created_at);
+
+        CREATE TABLE comparisons (
+            id TEXT PRIMARY KEY,
+            key_id TEXT NOT NULL REFERENCES keys (id),
+            a TEXT NOT NULL REFERENCES completions (id),
+            b TEXT NOT NULL REFERENCES completions (id) CHECK (a <> b),
+            kind TEXT NOT NULL CHECK (kind IN ('same_policy', 'trial', 'active', 'identical_check')),
+            swapped INTEGER NOT NULL CHECK (swapped IN (0, 1)),
+            created_at TEXT NOT NULL,
+            expires_at TEXT NOT NULL,
+            rater TEXT REFERENCES keys (id),
+            rater_since TEXT,
+            rater_until TEXT
+        ) STRICT;
+        CREATE INDEX comparisons_by_key ON comparisons (key_id, created_at);
+        CREATE INDEX comparisons_by_rater ON comparisons (rater) WHERE rater IS NOT NULL;
+
+        CREATE TABLE votes (
+            id TEXT PRIMARY KEY,
+            comparison_id TEXT NOT NULL REFERENCES comparisons (id),
+            key_id TEXT NOT NULL REFERENCES keys (id),
+            choice TEXT NOT NULL CHECK (choice IN ('a', 'b', 'tie', 'both_bad')),
+            comment TEXT,
+            decided_ms INTEGER NOT NULL,
+            created_at TEXT NOT NULL,
+            updated_at TEXT NOT NULL,
+            UNIQUE (comparison_id, key_id)
+        ) STRICT;
+
+        CREATE TABLE vote_history (
+            vote_id TEXT NOT NULL REFERENCES votes (id),
+            choice TEXT NOT NULL,
+            comment TEXT,
+            cast_at TEXT NOT NULL,
+            replaced_at TEXT NOT NULL
+        ) STRICT;
+        CREATE INDEX vote_history_by_vote ON vote_history (vote_id);
+
+        CREATE TABLE audit (
+            id INTEGER PRIMARY KEY,
+            at TEXT NOT NULL,
+            actor TEXT NOT NULL,
+            action TEXT NOT NULL,
+            subject TEXT NOT NULL
+        ) STRICT;
+        """,
+    )
+
+
+@migrations()
+def m0002_learn_by_night(db: Database) -> None:
+    _run(
+        db,
+        """
+        CREATE TABLE runs (
+            id TEXT PRIMARY KEY,
+            status TEXT NOT NULL CHECK (status IN ('queued', 'running', 'succeeded', 'failed', 'cancelled')),
+            requested_by TEXT NOT NULL,
+            config TEXT NOT NULL,
+            stage TEXT,
+            pid INTEGER,
+            heartbeat_at TEXT,
+            cancel_requested_at TEXT,
+            error TEXT,
+            created_at TEXT NOT NULL,
+            started_at TEXT,
+            ended_at TEXT
+        ) STRICT;
+        CREATE UNIQUE INDEX runs_one_active ON runs ((1)) WHERE status IN ('queued', 'running');
+
+        CREATE TABLE run_metrics (
+            run_id TEXT NOT NULL REFERENCES runs (id),
+            name TEXT NOT NULL,
+            step INTEGER NOT NULL,
+            value REAL,
+            PRIMARY KEY (run_id, name, step)
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TABLE run_votes (
+            run_id TEXT NOT NULL REFERENCES runs (id),
+            vote_id TEXT NOT NULL REFERENCES votes (id),
+            choice TEXT NOT NULL,
+            split TEXT NOT NULL CHECK (split IN ('train', 'judge', 'held_out')),
+            weight REAL NOT NULL,
+            PRIMARY KEY (run_id, vote_id)
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TABLE reward_models (
+            id TEXT PRIMARY KEY,
+            run_id TEXT NOT NULL REFERENCES runs (id),
+            path TEXT NOT NULL UNIQUE,
+            sha256 TEXT NOT NULL,
+            metrics TEXT NOT NULL,
+            created_at TEXT NOT NULL
+        ) STRICT;
+
+        CREATE TABLE trusted_pairs (
+            id TEXT PRIMARY KEY,
+            digest TEXT NOT NULL UNIQUE,
+            prompt TEXT NOT NULL,
+            chosen TEXT NOT NULL,
+            rejected TEXT NOT NULL,
+            created_at TEXT NOT NULL
+        ) STRICT;
+
+        ALTER TABLE policies ADD COLUMN run_id TEXT REFERENCES runs (id);
+        ALTER TABLE policies ADD COLUMN reward_model TEXT REFERENCES reward_models (id);
+        ALTER TABLE policies ADD COLUMN metrics TEXT NOT NULL DEFAULT '{}';
+        """,
+    )

@@ -1,0 +1,134 @@
+"""Every setting, its default and its unit. Read from nightshift.toml in the working folder (or the file that
+NIGHTSHIFT_CONFIG names) and from the environment, where NIGHTSHIFT_SERVER__PORT=9000 sets `server.port`; the
+environment wins."""
+
+import os
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic_settings import (
+    BaseSettings,
+    PydanticBaseSettingsSource,
+    SettingsConfigDict,
+    SettingsError,
+    TomlConfigSettingsSource,
+)
+
+STARTER = Path(__file__).parent / "starter"
+"""The chat model that the project ships."""
+
+
+class _Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", use_attribute_docstrings=True)
+
+
+class ServerSettings(_Section):
+    host: str = "127.0.0.1"
+    """Address the API listens on."""
+    port: int = Field(8000, ge=1, le=65535)
+    """Port the API listens on."""
+    max_body_bytes: int = Field(1_048_576, ge=1024)
+    """Largest request body, bytes."""
+    shutdown_timeout_s: int = Field(10, ge=0)
+    """Seconds that running answers get to finish when the service stops."""
+
+
+class EngineSettings(_Section):
+    urls: list[str] = []
+    """vLLM servers to use, e.g. ["http://10.0.0.5:8000"]. Empty: `nightshift up` starts one itself."""
+    api_key: str = ""
+    """Key of those vLLM servers. The server that `nightshift up` starts gets a fresh one each time."""
+    port: int = Field(0, ge=0, le=65535)
+    """Loopback port of the vLLM server that `nightshift up` starts; 0 takes a free one."""
+    dtype: str = ""
+    """vLLM's --dtype; empty: float32 on a CPU, auto on a GPU."""
+    max_lora_rank: int = Field(16, ge=1)
+    """Adapters are padded to it, so keep it as small as the adapters allow."""
+    max_adapters: int = Field(3, ge=3)
+    """Adapters that can be in one batch: serving, candidate and draining."""
+    max_queued: int = Field(256, ge=1)
+    """Requests that may wait in vLLM; more are answered 503."""
+    cpu_kv_cache_gib: int = Field(1, ge=1)
+    """Memory for the KV cache on a CPU, GiB."""
+    arguments: list[str] = []
+    """More arguments for the vLLM server, e.g. ["--tool-call-parser", "hermes", "--enable-auto-tool-choice"]."""
+    poll_s: float = Field(1.0, gt=0)
+    """Seconds between looks at an engine's health."""
+
+
+class ChatSettings(_Section):
+    model_name: str = "nightshift"
+    """What clients call the model."""
+    max_tokens: int = Field(512, ge=1)
+    """Longest answer, tokens."""
+    max_n: int = Field(2, ge=1)
+    """Most choices in one response."""
+    max_messages: int = Field(100, ge=1)
+    """Most messages in one request."""
+    timeout_s: float = Field(300.0, gt=0)
+    """Longest that one answer may take, seconds."""
+
+
+class ComparisonSettings(_Section):
+    rate: float = Field(0.1, ge=0, le=1)
+    """Chance that an `auto` request is answered with two answers."""
+    daily_cap: int = Field(20, ge=0)
+    """Most comparisons that `auto` shows one user in 24 hours."""
+    cooldown_turns: int = Field(3, ge=0)
+    """Plain answers between two comparisons that `auto` shows one user."""
+    expires_after_s: float = Field(86_400.0, gt=0)
+    """Seconds in which a comparison can be voted on."""
+    vote_window_s: float = Field(600.0, ge=0)
+    """Seconds in which a vote can be changed."""
+    rater_lease_s: float = Field(1_800.0, gt=0)
+    """Seconds that a rater keeps a pair of the queue to themselves."""
+
+
+class Settings(BaseSettings):
+    model_config = SettingsConfigDict(
+        env_prefix="NIGHTSHIFT_", env_nested_delimiter="__", extra="forbid", use_attribute_docstrings=True
+    )
+
+    state: Annotated[Path, Field(default=Path("var"))]
+    """The folder that holds everything: database, policies, logs."""
+    model: str = str(STARTER)
+    """The base model: a folder or a Hugging Face id."""
+    server: ServerSettings = ServerSettings()
+    engine: EngineSettings = EngineSettings()
+    chat: ChatSettings = ChatSettings()
+    comparisons: ComparisonSettings = ComparisonSettings()
+
+    @property
+    def database(self) -> Path:
+        return self.state / "nightshift.db"
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        toml = Path(os.environ.get("NIGHTSHIFT_CONFIG", "nightshift.toml"))
+        return init_settings, env_settings, TomlConfigSettingsSource(settings_cls, toml)
+
+
+class BadSettings(ValueError):
+    """A setting that cannot be used; the message says which and why."""
+
+
+def load_settings(**given: object) -> Settings:
+    """The settings in force; `given` (of the command line) wins. Raises BadSettings."""
+    config = os.environ.get("NIGHTSHIFT_CONFIG")
+    if config and not Path(config).is_file():
+        raise BadSettings(f"NIGHTSHIFT_CONFIG names {config}, which is not a file.")
+    try:
+        return Settings(**given)  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
+        raise BadSettings("Bad setting: " + "; ".join(lines)) from None
+    except (SettingsError, ValueError) as error:
+        raise BadSettings(f"The settings cannot be read: {error}") from None

@@ -1,0 +1,102 @@
+"""What operators do: keys, policies, figures, exports, forgetting."""
+
+from collections.abc import Iterator
+from typing import Annotated, Any
+
+import orjson
+from fastapi import APIRouter, Request
+from fastapi.responses import StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field
+
+from data import comparisons, completions, keys, registry, stats
+from data.database import connect
+from data.types import Feedback, Key, Role
+from service.auth import needs
+from service.errors import ApiError
+from service.state import state_of
+
+router = APIRouter()
+
+Operator = Annotated[Key, needs(Role.OPERATOR)]
+
+
+class KeyRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    role: Role
+    feedback: Feedback = Feedback.OFF
+    label: Annotated[str, Field(max_length=200)] = ""
+
+
+@router.post("/v1/keys", status_code=201)
+async def create_key(body: KeyRequest, request: Request, operator: Operator) -> dict[str, Any]:
+    """A new key. Its secret is in this answer and nowhere else."""
+    key, token = await state_of(request).write(
+        lambda db: keys.create(db, role=body.role, feedback=body.feedback, label=body.label, actor=operator.id)
+    )
+    return _key_json(key) | {"key": token}
+
+
+@router.get("/v1/keys")
+async def list_keys(request: Request, operator: Operator) -> dict[str, Any]:
+    return {"object": "list", "data": [_key_json(key) for key in keys.list_all(state_of(request).reader)]}
+
+
+@router.delete("/v1/keys/{id}")
+async def revoke_key(id: str, request: Request, operator: Operator) -> dict[str, Any]:
+    """The key stops working at once."""
+    try:
+        return _key_json(await state_of(request).write(lambda db: keys.revoke(db, id, actor=operator.id)))
+    except keys.UnknownKey:
+        raise ApiError(404, f"There is no key '{id}'.", type="not_found_error", code="unknown_key") from None
+
+
+def _key_json(key: Key) -> dict[str, Any]:
+    return {
+        "id": key.id,
+        "role": key.role,
+        "feedback": key.feedback,
+        "label": key.label,
+        "created_at": key.created_at,
+        "revoked_at": key.revoked_at,
+    }
+
+
+@router.get("/v1/policies")
+async def list_policies(request: Request, operator: Operator) -> dict[str, Any]:
+    policies = registry.list_policies(state_of(request).reader)
+    return {
+        "object": "list",
+        "data": [
+            {"name": p.name, "parent": p.parent, "status": p.status, "created_at": p.created_at} for p in policies
+        ],
+    }
+
+
+@router.get("/v1/stats")
+async def get_stats(request: Request, operator: Operator) -> dict[str, Any]:
+    return stats.summary(state_of(request).reader)
+
+
+@router.get("/v1/export/preferences")
+async def export_preferences(request: Request, operator: Operator) -> StreamingResponse:
+    """Every vote as a line of JSON in TRL's conversational preference format, with `choice` beside it."""
+    path = state_of(request).settings.database
+
+    def lines() -> Iterator[bytes]:
+        db = connect(path)  # read in another thread, as one snapshot
+        try:
+            for record in comparisons.export_preferences(db):
+                yield orjson.dumps(record) + b"\n"
+        finally:
+            db.close()
+
+    return StreamingResponse(lines(), media_type="application/jsonl")
+
+
+@router.delete("/v1/users/{id:path}")
+async def forget_user(id: str, request: Request, operator: Operator) -> dict[str, Any]:
+    """Erase what a user (a key's id, or `key/end user`) wrote and was answered."""
+    emptied = await state_of(request).write(lambda db: completions.forget_user(db, id, actor=operator.id))
+    if not emptied:
+        raise ApiError(404, f"Nothing is kept of a user '{id}'.", type="not_found_error", code="unknown_user")
+    return {"id": id, "completions_emptied": emptied}

@@ -1,0 +1,190 @@
+"""Wiring only: settings in, an ASGI app out."""
+
+import gc
+import logging
+import random
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Request, Response
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from data import registry
+from data.database import Writer, connect
+from data.settings import Settings, load_settings
+from data.types import Key, Policy, PolicyStatus, Role
+from service import admin, chat, comparisons, errors
+from service.auth import needs
+from service.engine import Engines
+from service.errors import ApiError, not_ready
+from service.metrics import Metrics
+from service.state import State, state_of
+
+
+def create_app(settings: Settings | None = None, *, rng: random.Random | None = None) -> FastAPI:
+    """The whole API. The engines named in `settings.engine.urls` are watched while the app's lifespan runs."""
+    settings = settings or load_settings()
+
+    @asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncIterator[None]:
+        state = _open_state(settings, metrics, rng or random.SystemRandom())
+        app.state.nightshift = state
+        await state.engines.start()
+        try:
+            yield
+        finally:
+            await state.engines.close()
+            state.writer.close()
+            state.reader.close()
+
+    metrics = Metrics()
+    app = FastAPI(title="Nightshift", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
+    errors.install(app)
+    for part in (chat, comparisons, admin):
+        app.include_router(part.router)
+    app.add_api_route("/v1/models", list_models, methods=["GET"])
+    app.add_api_route("/healthz", healthz, methods=["GET"])
+    app.add_api_route("/readyz", readyz, methods=["GET"])
+    app.add_api_route("/metrics", metrics_text, methods=["GET"])
+    app.add_middleware(BodyLimit, largest=settings.server.max_body_bytes)
+    app.add_middleware(Measured, metrics=metrics)
+    return app
+
+
+def _open_state(settings: Settings, metrics: Metrics, rng: random.Random) -> State:
+    reader = connect(settings.database)
+    writer = Writer(settings.database)
+
+    def wanted() -> list[Policy]:
+        policy = registry.serving(reader)
+        if policy is None:
+            raise RuntimeError(f"{settings.database} holds no policy to serve: start with `nightshift up`")
+        return [policy]
+
+    def folder_of(policy: Policy) -> Path:
+        return registry.checked_folder(settings.state, policy)
+
+    def confirmed() -> None:
+        policy = registry.serving(reader)
+        if policy is not None and policy.status is PolicyStatus.PROMOTED:
+            writer.submit(lambda db: registry.set_serving(db, policy.name)).result()
+
+    engines = Engines(settings.engine, wanted, folder_of, confirmed)
+    return State(settings, reader, writer, engines, metrics, rng)
+
+
+async def list_models(request: Request, key: Annotated[Key, needs(Role.USER)]) -> dict[str, Any]:
+    name = state_of(request).settings.chat.model_name
+    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "nightshift"}]}
+
+
+async def healthz() -> dict[str, str]:
+    """The process lives."""
+    return {"status": "ok"}
+
+
+async def readyz(request: Request) -> dict[str, Any]:
+    """200 once an engine holds the serving policy and has answered a warm-up request."""
+    state = state_of(request)
+    if not state.engines.ready:
+        error = not_ready()
+        error.body["error"]["engines"] = state.engines.problems
+        raise error
+    serving = registry.serving(state.reader)
+    return {"status": "ready", "policy": serving.name if serving else None}
+
+
+async def metrics_text(request: Request) -> Response:
+    state = state_of(request)
+    for engine in state.engines.engines:
+        state.metrics.engine_ready.labels(engine.url).set(engine.ready)
+        state.metrics.engine_in_flight.labels(engine.url).set(engine.in_flight)
+    return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
+
+
+class BodyLimit:
+    """Refuses a body as soon as it is known to be too large, before anything parses it."""
+
+    def __init__(self, app: ASGIApp, *, largest: int) -> None:
+        self._app = app
+        self._largest = largest
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        too_large = ApiError(
+            413,
+            f"The body is larger than {self._largest} bytes. Send fewer or shorter messages.",
+            code="body_too_large",
+        )
+        declared = dict(scope["headers"]).get(b"content-length", b"0")
+        if declared.isdigit() and int(declared) > self._largest:
+            return await too_large.response()(scope, receive, send)
+        seen = 0
+
+        async def counted() -> Message:
+            nonlocal seen
+            message = await receive()
+            seen += len(message.get("body", b""))
+            if seen > self._largest:
+                raise too_large
+            return message
+
+        await self._app(scope, counted, send)
+
+
+class Measured:
+    """Counts requests by route and status, and their time to the last byte."""
+
+    def __init__(self, app: ASGIApp, *, metrics: Metrics) -> None:
+        self._app = app
+        self._metrics = metrics
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
+        started = time.perf_counter()
+        status = 499  # the client went away before the response began
+
+        async def noted(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+            await send(message)
+
+        try:
+            await self._app(scope, receive, noted)
+        finally:
+            route = getattr(scope.get("route"), "path", "unknown")
+            self._metrics.requests.labels(scope["method"], route, status).inc()
+            self._metrics.request_s.labels(route).observe(time.perf_counter() - started)
+
+
+def serve() -> None:
+    """Run the API as `nightshift up` does: `python -m service.app`."""
+    import uvicorn
+
+    settings = load_settings()
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    app = create_app(settings)
+    # Requests free nearly all they make by reference counting. A full collection would go through the modules and stop
+    # every stream for tens of milliseconds to find nothing: take them out of it, and collect seldom.
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(20_000, 20, 20)
+    uvicorn.run(
+        app,
+        host=settings.server.host,
+        port=settings.server.port,
+        access_log=False,
+        log_config=None,
+        timeout_graceful_shutdown=settings.server.shutdown_timeout_s,
+        server_header=False,
+    )
+
+
+if __name__ == "__main__":
+    serve()

@@ -1,0 +1,369 @@
+"""The `nightshift` command: every verb a thin call. Heavy imports live inside the verbs, so that --help is quick."""
+
+import json as jsonlib
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+    from data.settings import Settings
+
+app = typer.Typer(
+    help="Chats by day, learns by night.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+keys_app = typer.Typer(help="API keys: who may chat, rate and operate.", no_args_is_help=True)
+votes_app = typer.Typer(help="The votes people cast.", no_args_is_help=True)
+policies_app = typer.Typer(help="The versions of the policy.", no_args_is_help=True)
+users_app = typer.Typer(help="What is kept of users.", no_args_is_help=True)
+app.add_typer(keys_app, name="keys")
+app.add_typer(votes_app, name="votes")
+app.add_typer(policies_app, name="policies")
+app.add_typer(users_app, name="users")
+
+State = Annotated[Path | None, typer.Option("--state", help="The state folder. [default: var]", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def main() -> None:
+    app()
+
+
+def fail(message: str) -> typer.Exit:
+    """Say what went wrong; the caller raises what this returns."""
+    typer.secho(message, fg="red", err=True)
+    return typer.Exit(1)
+
+
+def _settings(**given: Any) -> "Settings":
+    from data.settings import BadSettings, load_settings
+
+    try:
+        return load_settings(**{name: value for name, value in given.items() if value is not None})
+    except BadSettings as error:
+        raise fail(str(error)) from None
+
+
+@contextmanager
+def _database(state: Path | None) -> Iterator["Database"]:
+    from data.database import connect
+
+    settings = _settings(state=state)
+    if not settings.database.exists():
+        raise fail(f"There is no record at {settings.database} yet. Start with `nightshift up`, or name its --state.")
+    db = connect(settings.database)
+    try:
+        yield db
+    finally:
+        db.close()
+
+
+def _print_rows(rows: list[dict[str, Any]], *, json: bool, columns: list[str], empty: str) -> None:
+    if json:
+        typer.echo(jsonlib.dumps(rows, ensure_ascii=False))
+        return
+    if not rows:
+        typer.echo(empty)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    Console(width=10_000).print(table)  # a long line wraps; an id that is cut short is of no use
+
+
+@app.command()
+def up(
+    state: State = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a folder or a Hugging Face id.")] = None,
+    host: Annotated[str | None, typer.Option(help="Address to listen on.")] = None,
+    port: Annotated[int | None, typer.Option(help="Port to listen on.")] = None,
+    key: Annotated[bool, typer.Option("--key/--no-key", help="Make and print an API key.")] = True,
+    json: Json = False,
+) -> None:
+    """Start everything: the engine and the API. Ctrl-C stops it all."""
+    import asyncio
+    import os
+
+    # The children read the same settings, from the environment.
+    for name, value in {"STATE": state, "MODEL": model, "SERVER__HOST": host, "SERVER__PORT": port}.items():
+        if value is not None:
+            os.environ[f"NIGHTSHIFT_{name}"] = str(value)
+    settings = _settings()
+
+    from data.registry import RegistryError
+    from service.supervisor import StartError
+    from service.supervisor import up as run
+
+    waiting = _Waiting()
+
+    def ready(url: str, token: str | None) -> None:
+        waiting.close()
+        _say_ready(url, token, settings.chat.model_name, json=json)
+
+    try:
+        asyncio.run(run(settings, make_key=key, waiting=waiting, ready=ready))
+    except (StartError, RegistryError) as error:
+        waiting.close()
+        raise fail(str(error)) from None
+    except KeyboardInterrupt:
+        raise typer.Exit(130) from None
+    finally:
+        waiting.close()
+
+
+class _Waiting:
+    """Shows what the start waits for: a spinner on a terminal, a line for each change elsewhere."""
+
+    def __init__(self) -> None:
+        from rich.console import Console
+
+        self._console = Console(stderr=True)
+        self._status = self._console.status("starting") if self._console.is_terminal else None
+        self._began = time.monotonic()
+        self._last = ""
+        if self._status:
+            self._status.start()
+
+    def __call__(self, what: str) -> None:
+        seconds = f"{time.monotonic() - self._began:3.0f} s"
+        if self._status:
+            self._status.update(f"{seconds}  {what}")
+        elif what != self._last:
+            typer.echo(f"{seconds}  {what}", err=True)
+        self._last = what
+
+    def close(self) -> None:
+        if self._status:
+            self._status.stop()
+
+
+def _say_ready(url: str, token: str | None, model: str, *, json: bool) -> None:
+    if json:
+        typer.echo(jsonlib.dumps({"url": url, "key": token, "model": model}))
+        return
+    typer.echo(f"Nightshift is ready at {url}")
+    if token is None:
+        typer.echo("Make a key with: nightshift keys create --role user")
+        return
+    request = jsonlib.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
+    typer.echo(f"API key (shown this once): {token}\n")
+    typer.echo(
+        f"curl {url}/v1/chat/completions -H 'Authorization: Bearer {token}' -H 'Content-Type: application/json'"
+        f" -d '{request}'\n"
+    )
+    typer.echo("Ctrl-C stops everything.")
+
+
+@app.command()
+def chat(
+    message: Annotated[str | None, typer.Argument(help="Say this one thing, print the answer and end.")] = None,
+    url: Annotated[
+        str | None, typer.Option(envvar="NIGHTSHIFT_URL", help="Where the API is. [default: this machine's]")
+    ] = None,
+    key: Annotated[str | None, typer.Option(envvar="NIGHTSHIFT_API_KEY", help="API key.")] = None,
+    feedback: Annotated[str, typer.Option(help="off, auto or always: whether to be shown two answers.")] = "auto",
+    json: Json = False,
+) -> None:
+    """Talk in the terminal, vote with one key."""
+    import asyncio
+
+    from service.terminal import ChatError, converse
+
+    settings = _settings()
+    if not key:
+        raise fail("An API key is needed: set NIGHTSHIFT_API_KEY, or use --key. `nightshift keys create` makes one.")
+    address = url or f"http://{settings.server.host}:{settings.server.port}"
+    try:
+        asyncio.run(
+            converse(address, key, model=settings.chat.model_name, feedback=feedback, message=message, json=json)
+        )
+    except ChatError as error:
+        raise fail(str(error)) from None
+    except (KeyboardInterrupt, EOFError):
+        raise typer.Exit(0) from None
+
+
+@app.command()
+def doctor(
+    state: State = None, model: Annotated[str | None, typer.Option(help="Base model.")] = None, json: Json = False
+) -> None:
+    """Say what is wrong and how to mend it."""
+    from dataclasses import asdict
+
+    from service.doctor import examine
+
+    checks = examine(_settings(state=state, model=model))
+    if json:
+        typer.echo(jsonlib.dumps([asdict(check) for check in checks]))
+    else:
+        for check in checks:
+            typer.secho(f"{'ok  ' if check.ok else 'BAD '} {check.name}: {check.found}", fg=None if check.ok else "red")
+            if not check.ok:
+                typer.echo(f"     {check.mend}")
+    if not all(check.ok for check in checks):
+        raise typer.Exit(1)
+
+
+@app.command()
+def stats(state: State = None, json: Json = False) -> None:
+    """Counts of answers, comparisons and votes."""
+    from data.stats import summary
+
+    with _database(state) as db:
+        figures = summary(db)
+    if json:
+        typer.echo(jsonlib.dumps(figures))
+        return
+    for name, value in figures.items():
+        typer.echo(f"{name}: {value}")
+
+
+@keys_app.command("create")
+def keys_create(
+    role: Annotated[str, typer.Option(help="user, rater or operator.")],
+    feedback: Annotated[str, typer.Option(help="off, auto or always: what requests without `feedback` get.")] = "off",
+    label: Annotated[str, typer.Option(help="Whose it is, for your own eyes.")] = "",
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Make a key. It is shown this once: only a hash of it is kept."""
+    from data import keys
+    from data.database import transaction
+    from data.types import Feedback, Role
+
+    try:
+        as_role, as_feedback = Role(role), Feedback(feedback)
+    except ValueError as error:
+        raise fail(f"{error}: --role is user, rater or operator; --feedback is off, auto or always.") from None
+    with _database(state) as db, transaction(db):
+        key, token = keys.create(db, role=as_role, feedback=as_feedback, label=label, actor="cli")
+    if json:
+        typer.echo(jsonlib.dumps({"id": key.id, "role": key.role, "feedback": key.feedback, "key": token}))
+    else:
+        typer.echo(f"{key.id} ({key.role}, feedback {key.feedback})\n{token}")
+
+
+@keys_app.command("list")
+def keys_list(state: State = None, json: Json = False) -> None:
+    """All keys, without their secrets."""
+    from dataclasses import asdict
+
+    from data import keys
+
+    with _database(state) as db:
+        rows = [asdict(key) for key in keys.list_all(db)]
+    columns = ["id", "role", "feedback", "label", "created_at", "revoked_at"]
+    _print_rows(rows, json=json, columns=columns, empty="No keys yet: nightshift keys create --role user")
+
+
+@keys_app.command("revoke")
+def keys_revoke(id: str, state: State = None, json: Json = False) -> None:
+    """Stop a key at once and for good."""
+    from data import keys
+    from data.database import transaction
+
+    with _database(state) as db:
+        try:
+            with transaction(db):
+                key = keys.revoke(db, id, actor="cli")
+        except keys.UnknownKey:
+            raise fail(f"There is no key '{id}'. `nightshift keys list` shows them all.") from None
+    typer.echo(jsonlib.dumps({"id": key.id, "revoked_at": key.revoked_at}) if json else f"{key.id} is revoked")
+
+
+@votes_app.command("list")
+def votes_list(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the latest first.")] = 50,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """The latest votes."""
+    from data import comparisons
+
+    with _database(state) as db:
+        rows = comparisons.list_votes(db, limit=limit)
+    columns = ["id", "comparison_id", "choice", "policy_a", "policy_b", "decided_ms", "updated_at"]
+    _print_rows(rows, json=json, columns=columns, empty="No votes yet.")
+
+
+@votes_app.command("export")
+def votes_export(
+    output: Annotated[Path | None, typer.Option("--output", "-o", help="A file, instead of standard output.")] = None,
+    state: State = None,
+    json: Annotated[bool, typer.Option("--json", help="One JSON array instead of a line for each vote.")] = False,
+) -> None:
+    """Every vote as JSON lines in TRL's conversational preference format."""
+    from data import comparisons
+
+    with _database(state) as db:
+        lines = [jsonlib.dumps(record, ensure_ascii=False) for record in comparisons.export_preferences(db)]
+    text = "[" + ",\n".join(lines) + "]\n" if json else "".join(line + "\n" for line in lines)
+    if output is None:
+        sys.stdout.write(text)
+        return
+    unfinished = output.with_name(output.name + ".part")
+    unfinished.write_text(text)
+    unfinished.replace(output)
+    typer.echo(f"{len(lines)} votes written to {output}", err=True)
+
+
+@votes_app.command("import-trusted")
+def votes_import_trusted(file: Path, state: State = None, json: Json = False) -> None:
+    """Take your own preferences from a JSONL file in TRL's format."""
+    from data import trusted
+    from data.database import transaction
+
+    try:
+        lines = file.read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise fail(f"{file} cannot be read: {error}") from None
+    with _database(state) as db:
+        try:
+            with transaction(db):
+                new, known = trusted.import_lines(db, lines, actor="cli")
+        except trusted.BadPair as error:
+            raise fail(f"{error} Nothing was imported.") from None
+    typer.echo(jsonlib.dumps({"new": new, "known": known}) if json else f"{new} new pairs, {known} known already")
+
+
+@policies_app.command("list")
+def policies_list(state: State = None, json: Json = False) -> None:
+    """All versions of the policy and what became of them."""
+    from dataclasses import asdict
+
+    from data import registry
+
+    with _database(state) as db:
+        rows = [asdict(policy) for policy in registry.list_policies(db)]
+    columns = ["name", "parent", "status", "created_at"]
+    _print_rows(rows, json=json, columns=columns, empty="No policies yet: start with `nightshift up`.")
+
+
+@users_app.command("forget")
+def users_forget(id: str, state: State = None, json: Json = False) -> None:
+    """Erase what a user (a key's id, or key/end user) wrote and was answered."""
+    from data import completions
+    from data.database import transaction
+
+    with _database(state) as db, transaction(db):
+        emptied = completions.forget_user(db, id, actor="cli")
+    if not emptied:
+        raise fail(f"Nothing is kept of a user '{id}'.")
+    typer.echo(jsonlib.dumps({"id": id, "completions_emptied": emptied}) if json else f"{emptied} answers emptied")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,81 @@
+"""POST /v1/comparisons/{id}/vote and the raters' queue."""
+
+from typing import Annotated, Any
+
+from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field
+
+from data import comparisons
+from data.types import Choice, Key, Role
+from service.auth import needs
+from service.errors import ApiError
+from service.state import state_of
+
+router = APIRouter()
+
+
+class VoteRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    choice: Choice
+    comment: Annotated[str, Field(max_length=2000)] | None = None
+
+
+@router.post("/v1/comparisons/{id}/vote")
+async def cast_vote(
+    id: str, body: VoteRequest, request: Request, key: Annotated[Key, needs(Role.USER)]
+) -> dict[str, Any]:
+    """Vote, repeat a vote, or change it within the window. 200 means that it is on disk."""
+    state = state_of(request)
+    window_s = state.settings.comparisons.vote_window_s
+
+    try:
+        cast = await state.write(
+            lambda db: comparisons.vote(
+                db, id, key_id=key.id, role=key.role, choice=body.choice, comment=body.comment, window_s=window_s
+            )
+        )
+    except comparisons.UnknownComparison:
+        raise ApiError(
+            404,
+            f"There is no comparison '{id}' for this key to vote on.",
+            type="not_found_error",
+            code="unknown_comparison",
+        ) from None
+    except comparisons.ComparisonExpired:
+        raise ApiError(
+            410,
+            f"The time to vote on '{id}' is over. Ask again to get a fresh comparison.",
+            code="comparison_expired",
+        ) from None
+    except comparisons.VoteIsFinal as final:
+        raise ApiError(
+            409,
+            f"You voted '{final}' on this comparison, and a vote can be changed only within {window_s:g} s.",
+            code="vote_is_final",
+        ) from None
+    state.metrics.votes.labels(cast.vote.choice).inc()
+    return {
+        "id": cast.vote.id,
+        "comparison": id,
+        "choice": cast.vote.choice,
+        "comment": cast.vote.comment,
+        "policies": {"a": cast.policy_a, "b": cast.policy_b},
+        "created_at": cast.vote.created_at,
+        "updated_at": cast.vote.updated_at,
+    }
+
+
+@router.get("/v1/comparisons/next", response_model=None)
+async def next_comparison(request: Request, key: Annotated[Key, needs(Role.RATER)]) -> dict[str, Any] | Response:
+    """The next pair that nobody has voted on, held for this rater for a while; 204 when the queue is empty."""
+    state = state_of(request)
+    lease_s = state.settings.comparisons.rater_lease_s
+    pair = await state.write(lambda db: comparisons.next_for_rater(db, key_id=key.id, lease_s=lease_s))
+    if pair is None:
+        return Response(status_code=204)
+    return {
+        "id": pair.id,
+        "messages": pair.messages,
+        "answers": {"a": pair.answer_a, "b": pair.answer_b},
+        "expires_at": pair.until,
+    }

@@ -1,0 +1,235 @@
+"""The vLLM servers behind one interface: which are ready, who answers next, and their policies given back to them.
+
+vLLM is spoken to over HTTP only. Nothing of it is reachable through us but what `Engines.chat` sends."""
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import orjson
+from pysqlite3 import dbapi2 as sqlite3
+
+from data.settings import EngineSettings
+from data.types import Policy
+from service.errors import ApiError, engine_failed, not_ready
+
+log = logging.getLogger("nightshift.engine")
+
+HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=10)
+LOAD_TIMEOUT = aiohttp.ClientTimeout(total=300)
+CHAT_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
+MISSED_CHECKS = 3
+"""Health checks in a row that a busy engine may let time out before it counts as gone."""
+
+
+class EngineProblem(RuntimeError):
+    """Why an engine cannot answer yet."""
+
+
+WATCH_SURVIVES = (RuntimeError, aiohttp.ClientError, LookupError, ValueError, OSError, sqlite3.Error)
+"""What an engine, a policy's folder or the record can do wrong: said in /readyz, then tried again."""
+
+
+@dataclass(slots=True)
+class Engine:
+    """One vLLM server as we last saw it."""
+
+    url: str
+    ready: bool = False
+    problem: str = "not looked at yet"
+    in_flight: int = 0
+    context_length: int | None = None
+    """Tokens of prompt and answer together."""
+    missed: int = 0
+    wake: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def lost(self, problem: str) -> None:
+        """Take it out of traffic and look at it again at once."""
+        if self.ready:
+            log.warning("%s left traffic: %s", self.url, problem)
+        self.ready, self.problem = False, problem
+        self.wake.set()
+
+
+class Engines:
+    """All engines. An engine gets traffic only while it holds every wanted policy and has answered a warm-up."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        wanted: Callable[[], list[Policy]],
+        folder_of: Callable[[Policy], Path],
+        confirmed: Callable[[], None],
+    ) -> None:
+        """`wanted()` is asked at every look for the policies that every engine must hold, the serving one first, and
+        `folder_of(policy)`, in another thread, for the checked folder of one that is to be loaded; both may raise
+        RuntimeError with a message for the operator. `confirmed()` is called when an engine has loaded and warmed all
+        of them, before it gets traffic."""
+        self.engines = [Engine(url.rstrip("/")) for url in settings.urls]
+        self._settings = settings
+        self._wanted = wanted
+        self._folder_of = folder_of
+        self._confirmed = confirmed
+        self._watchers: list[asyncio.Task[None]] = []
+
+    async def start(self) -> None:
+        key = self._settings.api_key
+        self._http = aiohttp.ClientSession(
+            headers={"Authorization": f"Bearer {key}"} if key else {},
+            connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=4),  # vLLM closes after 5 idle seconds
+            json_serialize=lambda value: orjson.dumps(value).decode(),
+        )
+        self._watchers = [asyncio.create_task(self._watch(engine)) for engine in self.engines]
+
+    async def close(self) -> None:
+        for watcher in self._watchers:
+            watcher.cancel()
+        await asyncio.gather(*self._watchers, return_exceptions=True)
+        await self._http.close()
+
+    @property
+    def ready(self) -> bool:
+        return any(engine.ready for engine in self.engines)
+
+    @property
+    def problems(self) -> list[str]:
+        return [f"{engine.url}: {engine.problem}" for engine in self.engines if not engine.ready]
+
+    @property
+    def context_length(self) -> int | None:
+        """The shortest context of the engines that are ready, tokens."""
+        return min((e.context_length for e in self.engines if e.ready and e.context_length), default=None)
+
+    @asynccontextmanager
+    async def chat(self, payload: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send one chat request to the least busy engine; its response, not yet read, has status 200.
+
+        Closing early stops the generation. Raises ApiError."""
+        body = orjson.dumps(payload)
+        while True:
+            engine = min((e for e in self.engines if e.ready), key=lambda e: e.in_flight, default=None)
+            if engine is None:
+                raise not_ready()
+            engine.in_flight += 1
+            try:
+                try:
+                    response = await self._http.post(
+                        f"{engine.url}/v1/chat/completions",
+                        data=body,
+                        headers={"Content-Type": "application/json"},
+                        timeout=CHAT_TIMEOUT,
+                    )
+                except aiohttp.ClientConnectorError as error:
+                    engine.lost(str(error))  # nothing was sent: another engine may take it
+                    continue
+                except aiohttp.ClientError as error:
+                    engine.wake.set()
+                    raise engine_failed(type(error).__name__) from error
+                try:
+                    if response.status != 200:
+                        raise await _refusal(response, engine)
+                    yield response
+                except aiohttp.ClientError as error:
+                    engine.wake.set()
+                    raise engine_failed(type(error).__name__) from error
+                finally:
+                    response.close() if not response.content.at_eof() else response.release()
+                return
+            finally:
+                engine.in_flight -= 1
+
+    async def _watch(self, engine: Engine) -> None:
+        while True:
+            engine.wake.clear()
+            try:
+                await self._bring_up(engine)
+            except TimeoutError:
+                engine.missed += 1
+                if engine.missed >= MISSED_CHECKS or not engine.ready:
+                    engine.lost("it does not answer health checks")
+            except aiohttp.ClientConnectorError:
+                engine.lost("it does not listen yet: vLLM starts, or is down")
+                engine.wake.clear()
+            except WATCH_SURVIVES as error:
+                engine.lost(str(error) or type(error).__name__)
+                engine.wake.clear()
+            else:
+                engine.missed = 0
+            with suppress(TimeoutError):
+                await asyncio.wait_for(engine.wake.wait(), self._settings.poll_s)
+
+    async def _bring_up(self, engine: Engine) -> None:
+        """Check health; load what is missing; warm up; only then let traffic in."""
+        async with self._http.get(f"{engine.url}/health", timeout=HEALTH_TIMEOUT) as response:
+            if response.status != 200:
+                raise EngineProblem(f"/health answers {response.status}")
+        async with self._http.get(f"{engine.url}/v1/models", timeout=HEALTH_TIMEOUT) as response:
+            if response.status != 200:
+                raise EngineProblem(f"/v1/models answers {response.status}: is engine.api_key right?")
+            try:
+                held = {model["id"]: model for model in (await response.json())["data"]}
+            except (ValueError, LookupError, TypeError):
+                raise EngineProblem("/v1/models does not answer as vLLM does: is this URL right?") from None
+        wanted = self._wanted()
+        if engine.ready and all(policy.name in held for policy in wanted):
+            return
+        engine.ready = False
+        for policy in wanted:
+            folder = await asyncio.to_thread(self._folder_of, policy)
+            if policy.name not in held:
+                await self._load(engine, policy.name, folder)
+            elif (root := held[policy.name].get("root")) != str(folder):
+                raise EngineProblem(f"it holds another {policy.name}, from {root}: restart that server")
+            await self._warm(engine, policy.name)
+        lengths = (model.get("max_model_len") for model in held.values())
+        engine.context_length = min((length for length in lengths if length), default=None)
+        self._confirmed()
+        engine.ready, engine.problem = True, ""
+        log.info("%s is ready with %s", engine.url, ", ".join(policy.name for policy in wanted))
+
+    async def _load(self, engine: Engine, name: str, folder: Path) -> None:
+        engine.problem = f"loading {name}"
+        request = {"lora_name": name, "lora_path": str(folder)}
+        url = f"{engine.url}/v1/load_lora_adapter"
+        async with self._http.post(url, json=request, timeout=LOAD_TIMEOUT) as response:
+            if response.status != 200:
+                raise EngineProblem(f"it refused to load {name}: {(await response.text())[:500]}")
+
+    async def _warm(self, engine: Engine, name: str) -> None:
+        # The first request after a start can take half a minute; nobody should wait for it.
+        engine.problem = f"warming up {name}"
+        request = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+        url = f"{engine.url}/v1/chat/completions"
+        async with self._http.post(url, json=request, timeout=LOAD_TIMEOUT) as response:
+            if response.status != 200:
+                raise EngineProblem(f"the warm-up of {name} failed: {(await response.text())[:500]}")
+
+
+async def _refusal(response: aiohttp.ClientResponse, engine: Engine) -> ApiError:
+    """What a status other than 200 from vLLM means to the client."""
+    text = await response.text()
+    try:
+        error = orjson.loads(text)["error"]
+        message, param = str(error["message"]), error.get("param")
+    except (ValueError, KeyError, TypeError):
+        message, param = text[:500], None
+    if response.status in (400, 422):
+        return ApiError(400, message, code="rejected_by_engine", param=param)
+    if response.status in (429, 503):
+        return ApiError(
+            503,
+            "All places are taken: too many requests wait for the model. Try again in a moment.",
+            type="service_unavailable_error",
+            code="engine_overloaded",
+            retry_after_s=2,
+        )
+    if response.status == 404:
+        engine.lost(f"it lost a policy ({message})")
+        return not_ready()
+    engine.wake.set()
+    return engine_failed(f"it answered {response.status}")

@@ -1,0 +1,119 @@
+"""Errors as OpenAI shapes them: {"error": {"message", "type", "code", "param"}}, and what to do in the message."""
+
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi.responses import JSONResponse
+from pysqlite3 import dbapi2 as sqlite3
+from starlette.exceptions import HTTPException
+
+
+class ApiError(HTTPException):
+    """An answer other than 2xx, complete with what the client should do.
+
+    An HTTPException, since FastAPI turns any other that is raised while it reads a body into a 400 of its own."""
+
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        *,
+        type: str = "invalid_request_error",
+        code: str | None = None,
+        param: str | None = None,
+        retry_after_s: int | None = None,
+    ) -> None:
+        super().__init__(status, message)
+        self.retry_after_s = retry_after_s
+        self.body: dict[str, Any] = {"error": {"message": message, "type": type, "code": code, "param": param}}
+
+    def response(self) -> JSONResponse:
+        headers: dict[str, str] = {}
+        if self.retry_after_s is not None:
+            headers["Retry-After"] = str(self.retry_after_s)
+        if self.status_code == 401:
+            headers["WWW-Authenticate"] = "Bearer"
+        return JSONResponse(self.body, self.status_code, headers)
+
+
+def not_ready(retry_after_s: int = 5) -> ApiError:
+    return ApiError(
+        503,
+        "The model is not ready yet: no engine has loaded the serving policy. Try again in a few seconds.",
+        type="service_unavailable_error",
+        code="engine_not_ready",
+        retry_after_s=retry_after_s,
+    )
+
+
+def engine_failed(detail: str) -> ApiError:
+    return ApiError(
+        502,
+        f"The engine broke off before the answer was complete ({detail}). Nothing was stored as an answer: try again.",
+        type="server_error",
+        code="engine_failed",
+    )
+
+
+def storage_unavailable(error: Exception) -> ApiError:
+    return ApiError(
+        503,
+        f"The record could not be written or read ({error}). Nothing was acknowledged; the operator should check the"
+        " disk. Try again later.",
+        type="server_error",
+        code="storage_unavailable",
+        retry_after_s=10,
+    )
+
+
+def install(app: FastAPI) -> None:
+    """Give every error the one shape."""
+
+    @app.exception_handler(ApiError)
+    async def _ours(request: Request, error: ApiError) -> JSONResponse:
+        return error.response()
+
+    @app.exception_handler(RequestValidationError)
+    async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
+        first = error.errors()[0]
+        where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
+        param = ".".join(where) or None
+        if first["type"] == "json_invalid":
+            message = f"The body is not valid JSON ({first['ctx']['error']} at byte {first['loc'][-1]})."
+            return ApiError(400, message, code="invalid_json").response()
+        if first["type"] == "extra_forbidden":
+            message = f"Unsupported parameter: '{param}' is not taken here. Leave it out."
+            return ApiError(400, message, code="unsupported_parameter", param=param).response()
+        if first["loc"] == ("body",):
+            message = "The body must be a JSON object, sent with 'Content-Type: application/json'."
+            return ApiError(400, message, code="invalid_body").response()
+        if first["type"] == "missing":
+            message = f"Missing required parameter: '{param}'."
+            return ApiError(400, message, code="missing_required_parameter", param=param).response()
+        message = first["msg"].removeprefix("Value error, ")
+        message = f"Invalid value for '{param}': {message}."
+        return ApiError(400, message, code="invalid_value", param=param).response()
+
+    @app.exception_handler(HTTPException)
+    async def _http(request: Request, error: HTTPException) -> JSONResponse:
+        if error.status_code == 404:
+            message = f"There is no {request.method} {request.url.path}."
+            return ApiError(404, message, type="not_found_error", code="unknown_url").response()
+        if error.status_code == 405:
+            message = f"{request.url.path} does not take {request.method}."
+            return ApiError(405, message, code="method_not_allowed").response()
+        if error.status_code == 400:  # FastAPI's own: not UTF-8, or nested too deeply
+            message = "The body is not valid JSON: it cannot be read as UTF-8, or is nested too deeply."
+            return ApiError(400, message, code="invalid_json").response()
+        return ApiError(error.status_code, str(error.detail)).response()
+
+    @app.exception_handler(sqlite3.OperationalError)
+    async def _storage(request: Request, error: sqlite3.OperationalError) -> JSONResponse:
+        return storage_unavailable(error).response()
+
+    @app.exception_handler(Exception)
+    async def _unexpected(request: Request, error: Exception) -> JSONResponse:
+        return ApiError(
+            500, "Something unexpected went wrong here; the log has the details.", type="server_error", code="internal"
+        ).response()

@@ -1,0 +1,172 @@
+"""vLLM's event stream passed on as ours: headers rewritten byte by byte, tokens never re-encoded, the text put
+together only after the last one."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
+from typing import Any, TypeVar
+
+import aiohttp
+import orjson
+from fastapi import Response
+from starlette.types import Receive, Scope, Send
+
+from service.errors import ApiError, engine_failed
+
+_T = TypeVar("_T")
+SendBytes = Callable[[bytes], Awaitable[None]]
+
+DONE = b"data: [DONE]\n\n"
+_HEAD = re.compile(rb'data: (\{"id":"[^"\\]*","object":"chat\.completion\.chunk","created":(\d+),"model":"[^"\\]*")')
+
+
+async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[list[bytes]]:
+    """The stream's events, without the blank line that ends each, as many at a time as arrived together."""
+    rest = b""
+    async for data in response.content.iter_any():
+        *events, rest = (rest + data).split(b"\n\n")
+        if events:
+            yield events
+
+
+class Rewriter:
+    """Turns one upstream stream's chunks into ours and remembers them for `transcript`.
+
+    All chunks of a stream start alike (id, object, created, model), so that head is read once and cut off the rest."""
+
+    def __init__(self, *, id: str, model: str, fingerprint: str | None, index: int | None = None) -> None:
+        """`index`: the choice that the upstream's only choice becomes; None keeps the upstream's numbering."""
+        self._new_head = {"id": id, "model": model, "system_fingerprint": fingerprint}
+        self._index = index
+        self._cut = b""
+        self._put = b""
+        self._choice = b""
+        self._events: list[bytes] = []
+        self.created = 0
+        self.usage: dict[str, Any] | None = None
+        self.ended = False
+        """Whether the upstream said [DONE]: what did not end is not complete."""
+
+    def __call__(self, events: list[bytes]) -> bytes:
+        """What to send on for these events; usage and [DONE] are held back. Raises ApiError when the engine says that
+        it failed."""
+        sent = bytearray()
+        for event in events:
+            if not event.startswith(b"data: "):
+                continue
+            if event == b"data: [DONE]":
+                self.ended = True
+                continue
+            if not self._cut:
+                self._learn(event)
+            if event.startswith(self._cut) and (tail := event[len(self._cut) :]).startswith(self._choice):
+                sent += self._put + tail[len(self._choice) :] + b"\n\n"
+                self._events.append(event)
+                continue
+            chunk = orjson.loads(event[6:])
+            if "error" in chunk:
+                raise engine_failed(str(chunk["error"].get("message", "no reason given"))[:200])
+            if chunk.get("usage"):
+                self.usage = chunk["usage"]
+            if chunk.get("choices"):  # another version's field order: slower, but right
+                self._events.append(event)
+                self.created = chunk["created"]
+                chunk |= self._new_head
+                if self._index is not None:
+                    chunk["choices"][0]["index"] = self._index
+                sent += b"data: " + orjson.dumps(chunk) + b"\n\n"
+        return bytes(sent)
+
+    def _learn(self, event: bytes) -> None:
+        match = _HEAD.match(event)
+        if match is None:
+            self._cut = b"\n"  # starts no event: every chunk takes the slow way
+            return
+        self.created = int(match[2])
+        self._cut = match[0] + b',"choices":[{"index":'
+        self._choice = b"" if self._index is None else b"0,"
+        head = orjson.dumps(self._new_head)[1:-1]
+        self._put = b'data: {"object":"chat.completion.chunk","created":' + match[2] + b"," + head
+        self._put += b',"choices":[{"index":' + (b"" if self._index is None else b"%d," % self._index)
+
+    def transcripts(self) -> dict[int, dict[str, Any]]:
+        """The finished text of each upstream choice: {index: {"content", "tool_calls", "finish_reason"}}."""
+        choices: dict[int, dict[str, Any]] = {}
+        for event in self._events:
+            for choice in orjson.loads(event[6:])["choices"]:
+                said = choices.setdefault(choice["index"], {"content": [], "tool_calls": {}, "finish_reason": None})
+                delta = choice["delta"]
+                if delta.get("content"):
+                    said["content"].append(delta["content"])
+                for call in delta.get("tool_calls") or []:
+                    whole = said["tool_calls"].setdefault(
+                        call["index"], {"type": "function", "function": {"name": "", "arguments": ""}}
+                    )
+                    whole |= {"id": call["id"]} if call.get("id") else {}
+                    for part in ("name", "arguments"):
+                        whole["function"][part] += call.get("function", {}).get(part) or ""
+                said["finish_reason"] = choice.get("finish_reason") or said["finish_reason"]
+        for said in choices.values():
+            said["content"] = "".join(said["content"])
+            said["tool_calls"] = [call for _, call in sorted(said["tool_calls"].items())] or None
+        return choices
+
+
+def event(chunk: dict[str, Any]) -> bytes:
+    return b"data: " + orjson.dumps(chunk) + b"\n\n"
+
+
+class ClientGone(Exception):
+    """The client closed the connection."""
+
+
+async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
+    """Do `work`, but stop it, and the generation with it, as soon as the client goes away. Raises ClientGone."""
+    task = asyncio.create_task(work)
+    gone = asyncio.create_task(_disconnected(receive))
+    try:
+        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
+            raise ClientGone
+        return task.result()
+    finally:
+        gone.cancel()
+        task.cancel()
+        await asyncio.gather(task, gone, return_exceptions=True)
+
+
+async def _disconnected(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream(Response):
+    """Runs `respond(send)` as a response. An error before the first byte keeps its status; a later one becomes an error
+    event, the last of the stream."""
+
+    def __init__(self, respond: Callable[[SendBytes], Coroutine[Any, Any, None]]) -> None:
+        super().__init__(
+            media_type="text/event-stream", headers={"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+        )
+        del self.headers["content-length"]
+        self._respond = respond
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        started = False
+
+        async def send_bytes(chunk: bytes) -> None:
+            nonlocal started
+            if not started:
+                started = True
+                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+
+        try:
+            await unless_gone(receive, self._respond(send_bytes))
+        except ClientGone:
+            return
+        except ApiError as error:
+            if not started:
+                raise
+            await send_bytes(event(error.body))
+        await send({"type": "http.response.body", "body": b"", "more_body": False})

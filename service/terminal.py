@@ -1,0 +1,134 @@
+"""`nightshift chat`: a conversation in the terminal; where two answers come side by side, one key votes."""
+
+import json as jsonlib
+import sys
+from collections.abc import AsyncIterator
+from typing import Any
+
+import aiohttp
+import click
+from rich.columns import Columns
+from rich.console import Console
+from rich.live import Live
+from rich.panel import Panel
+from rich.text import Text
+
+VOTE_KEYS = {"1": "a", "2": "b", "t": "tie", "b": "both_bad"}
+QUESTION = "Which is better? [1] left  [2] right  [t] tie  [b] both bad  [s] skip"
+TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
+
+
+class ChatError(RuntimeError):
+    """Why the conversation cannot go on."""
+
+
+class Conversation:
+    """The talk so far, and the API it is held with."""
+
+    def __init__(self, http: aiohttp.ClientSession, url: str, *, model: str, feedback: str) -> None:
+        self._http = http
+        self._url = url
+        self._model = model
+        self._feedback = feedback
+        self.messages: list[dict[str, str]] = []
+
+    async def ask(self, text: str) -> AsyncIterator[dict[str, Any]]:
+        """Say `text`; the answer's chunks as they come. Raises ChatError."""
+        self.messages.append({"role": "user", "content": text})
+        body = {"model": self._model, "messages": self.messages, "stream": True, "feedback": self._feedback}
+        async with self._http.post(f"{self._url}/v1/chat/completions", json=body) as response:
+            if response.status != 200:
+                raise ChatError(_message(await response.text()))
+            async for line in response.content:
+                if line.startswith(b"data: {"):
+                    chunk = jsonlib.loads(line[6:])
+                    if "error" in chunk:
+                        raise ChatError(chunk["error"]["message"])
+                    yield chunk
+
+    async def vote(self, comparison: str, choice: str) -> dict[str, Any]:
+        """Raises ChatError."""
+        url = f"{self._url}/v1/comparisons/{comparison}/vote"
+        async with self._http.post(url, json={"choice": choice}) as response:
+            if response.status != 200:
+                raise ChatError(_message(await response.text()))
+            result: dict[str, Any] = await response.json()
+            return result
+
+
+def _message(body: str) -> str:
+    try:
+        return str(jsonlib.loads(body)["error"]["message"])
+    except (ValueError, KeyError, TypeError):
+        return body[:300]
+
+
+async def converse(url: str, key: str, *, model: str, feedback: str, message: str | None, json: bool) -> None:
+    """One message, or a conversation up to the end of input. With `json`, one object a turn on standard output.
+
+    Raises ChatError."""
+    console = Console(stderr=json)
+    headers = {"Authorization": f"Bearer {key}"}
+    async with aiohttp.ClientSession(headers=headers, timeout=TIMEOUT) as http:
+        talk = Conversation(http, url.rstrip("/"), model=model, feedback=feedback)
+        while True:
+            text = message if message is not None else _read_line(console)
+            if text is None:
+                return
+            if text.strip():
+                try:
+                    await _turn(talk, text, console, json=json)
+                except aiohttp.ClientError as error:
+                    raise ChatError(f"{url} cannot be reached ({error}). Is `nightshift up` running there?") from None
+            if message is not None:
+                return
+
+
+def _read_line(console: Console) -> str | None:
+    try:
+        return console.input("[bold]you>[/] ") if sys.stdin.isatty() else input()
+    except EOFError:
+        return None
+
+
+async def _turn(talk: Conversation, text: str, console: Console, *, json: bool) -> None:
+    answers = ["", ""]
+    comparison = fingerprint = None
+    with Live(console=console, auto_refresh=False, transient=json) as live:
+        async for chunk in talk.ask(text):
+            fingerprint = chunk.get("system_fingerprint") or fingerprint
+            comparison = chunk.get("comparison") or comparison
+            for choice in chunk["choices"]:
+                answers[choice["index"]] += choice["delta"].get("content") or ""
+            live.update(_picture(answers), refresh=True)
+        if comparison is None and answers[1]:
+            answers[1] = ""  # the two came out the same, or the second failed: a plain answer
+            live.update(_picture(answers), refresh=True)
+    vote = None
+    if comparison is not None and sys.stdin.isatty():
+        vote = await _ask_for_vote(talk, comparison["id"], console)
+    kept = answers[1] if vote is not None and vote["choice"] == "b" else answers[0]
+    talk.messages.append({"role": "assistant", "content": kept})
+    if json:
+        shown = answers if comparison else answers[:1]
+        record = {"answers": shown, "policy": fingerprint, "comparison": comparison, "vote": vote}
+        print(jsonlib.dumps(record, ensure_ascii=False), flush=True)
+
+
+def _picture(answers: list[str]) -> Text | Columns:
+    # Text, not str: what a model writes is not markup.
+    if not answers[1]:
+        return Text(answers[0])
+    panels = [Panel(Text(answer), title=side) for side, answer in zip(("1", "2"), answers, strict=True)]
+    return Columns(panels, equal=True, expand=True)
+
+
+async def _ask_for_vote(talk: Conversation, comparison: str, console: Console) -> dict[str, Any] | None:
+    console.print(QUESTION)
+    while (pressed := click.getchar().lower()) != "s":
+        if pressed in VOTE_KEYS:
+            vote = await talk.vote(comparison, VOTE_KEYS[pressed])
+            policies = vote["policies"]
+            console.print(f"Thank you. 1 was {policies['a']}, 2 was {policies['b']}.", style="dim")
+            return vote
+    return None

@@ -1,0 +1,81 @@
+"""Runs: one at a time, ended once, and no dead one in the way."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from sqlite_utils import Database
+
+from data import runs
+from data.database import connect, transaction
+from data.types import RunStatus
+
+
+@pytest.fixture
+def db(tmp_path: Path) -> Iterator[Database]:
+    db = connect(tmp_path / "nightshift.db")
+    yield db
+    db.close()
+
+
+def requested(db: Database) -> str:
+    with transaction(db):
+        return runs.request(db, requested_by="cli", config={"seed": 1}).id
+
+
+def test_a_run_goes_from_queued_to_succeeded(db: Database) -> None:
+    id = requested(db)
+    with transaction(db):
+        claimed = runs.claim(db)
+        assert claimed is not None
+        assert (claimed.id, claimed.status, claimed.config) == (id, RunStatus.RUNNING, {"seed": 1})
+        assert runs.claim(db) is None
+        assert runs.beat(db, id, stage="reward model") is False
+        runs.add_metrics(db, id, 1, {"kl": 0.5, "reward": 1.0})
+        runs.add_metrics(db, id, 2, {"kl": 0.7})
+        runs.finish(db, id, RunStatus.SUCCEEDED)
+    assert runs.get(db, id).status is RunStatus.SUCCEEDED
+    assert runs.get(db, id).stage == "reward model"
+    assert runs.metrics(db, id) == {"kl": [(1, 0.5), (2, 0.7)], "reward": [(1, 1.0)]}
+
+
+def test_a_second_run_has_to_wait_for_the_first(db: Database) -> None:
+    first = requested(db)
+    with pytest.raises(runs.RunActive, match=first):
+        requested(db)
+    with transaction(db):
+        runs.claim(db)
+    with pytest.raises(runs.RunActive, match=first):
+        requested(db)
+    with transaction(db):
+        runs.finish(db, first, RunStatus.FAILED, error="too few votes")
+    assert requested(db) != first
+    assert [run.status for run in runs.list_runs(db)] == [RunStatus.QUEUED, RunStatus.FAILED]
+
+
+def test_a_queued_run_is_cancelled_at_once_and_a_running_one_is_asked(db: Database) -> None:
+    queued = requested(db)
+    with transaction(db):
+        assert runs.cancel(db, queued, actor="cli").status is RunStatus.CANCELLED
+    running = requested(db)
+    with transaction(db):
+        runs.claim(db)
+        assert runs.cancel(db, running, actor="cli").status is RunStatus.RUNNING
+        assert runs.beat(db, running, stage="ppo") is True
+        runs.finish(db, running, RunStatus.CANCELLED)
+        with pytest.raises(runs.RunLost):
+            runs.finish(db, running, RunStatus.SUCCEEDED)
+    with pytest.raises(runs.UnknownRun), transaction(db):
+        runs.cancel(db, "run_nothing", actor="cli")
+
+
+def test_a_run_whose_process_died_makes_room_for_the_next(db: Database) -> None:
+    dead = requested(db)
+    with transaction(db):
+        runs.claim(db)
+        db.execute("UPDATE runs SET heartbeat_at = '2020-01-01T00:00:00.000Z'")
+    assert requested(db) != dead
+    assert runs.get(db, dead).status is RunStatus.FAILED
+    assert "process died" in (runs.get(db, dead).error or "")
+    with pytest.raises(runs.RunLost), transaction(db):
+        runs.beat(db, dead, stage="ppo")

@@ -1,0 +1,109 @@
+from pathlib import Path
+
+import pytest
+from pydantic import BaseModel
+
+from data.settings import STARTER, BadSettings, Settings, load_settings
+
+pytestmark = pytest.mark.usefixtures("plain_environment")
+
+
+def test_without_anything_given_the_defaults_hold() -> None:
+    settings = load_settings()
+    assert settings.state == Path("var")
+    assert settings.database == Path("var/nightshift.db")
+    assert settings.model == str(STARTER)
+    assert (settings.server.host, settings.server.port) == ("127.0.0.1", 8000)
+    assert settings.engine.urls == []
+    assert settings.chat.max_n == 2
+
+
+def test_the_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "nightshift.toml").write_text(
+        'state = "there"\n[server]\nport = 9000\nhost = "0.0.0.0"\n[comparisons]\nrate = 0.5\n'
+    )
+    monkeypatch.setenv("NIGHTSHIFT_SERVER__PORT", "9001")
+    monkeypatch.setenv("NIGHTSHIFT_ENGINE__URLS", '["http://one:1", "http://two:2"]')
+    settings = load_settings()
+    assert (settings.server.host, settings.server.port) == ("0.0.0.0", 9001)
+    assert settings.state == Path("there")
+    assert settings.comparisons.rate == 0.5
+    assert settings.engine.urls == ["http://one:1", "http://two:2"]
+
+
+def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_STATE", "from-environment")
+    assert load_settings().state == Path("from-environment")
+    assert load_settings(state=Path("given")).state == Path("given")
+
+
+def test_another_file_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "other.toml").write_text("[server]\nport = 9100\n")
+    monkeypatch.setenv("NIGHTSHIFT_CONFIG", str(tmp_path / "other.toml"))
+    assert load_settings().server.port == 9100
+
+
+def test_a_file_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_CONFIG", "nowhere.toml")
+    with pytest.raises(BadSettings, match=r"NIGHTSHIFT_CONFIG names nowhere\.toml"):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("toml", "named"),
+    [
+        ("[server]\nport = 70000", r"server\.port"),
+        ('[server]\nport = "many"', r"server\.port"),
+        ("[server]\nprot = 1", r"server\.prot"),
+        ("[comparisons]\nrate = 1.5", r"comparisons\.rate"),
+        ("[comparisons]\nexpires_after_s = 0", r"comparisons\.expires_after_s"),
+        ("[chat]\nmax_tokens = 0", r"chat\.max_tokens"),
+        ("[engine]\nmax_adapters = 2", r"engine\.max_adapters"),
+        ("[engine]\nurls = 'http://one'", r"engine\.urls"),
+        ("statt = 'x'", "statt"),
+        ("[sever]\nport = 1", "sever"),
+        ("this is not toml", "cannot be read"),
+    ],
+)
+def test_a_bad_value_in_the_file_is_named(tmp_path: Path, toml: str, named: str) -> None:
+    (tmp_path / "nightshift.toml").write_text(toml)
+    with pytest.raises(BadSettings, match=named):
+        load_settings()
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "named"),
+    [
+        ("NIGHTSHIFT_SERVER__PORT", "x", r"server\.port"),
+        ("NIGHTSHIFT_SERVER__PROT", "1", r"server\.prot"),
+        ("NIGHTSHIFT_COMPARISONS__RATE", "-1", r"comparisons\.rate"),
+        ("NIGHTSHIFT_ENGINE__URLS", "http://one", "engine"),
+        ("NIGHTSHIFT_SERVER", "not json", "server"),
+    ],
+)
+def test_a_bad_value_in_the_environment_is_named(
+    monkeypatch: pytest.MonkeyPatch, name: str, value: str, named: str
+) -> None:
+    monkeypatch.setenv(name, value)
+    with pytest.raises(BadSettings, match=named):
+        load_settings()
+
+
+def test_what_the_command_takes_from_the_environment_is_no_setting(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_URL", "http://somewhere")
+    monkeypatch.setenv("NIGHTSHIFT_API_KEY", "ns-x-y")
+    load_settings()
+
+
+def _undescribed(model: type[BaseModel], path: str = "") -> list[str]:
+    missing = []
+    for name, field in model.model_fields.items():
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            missing += _undescribed(field.annotation, f"{path}{name}.")
+        elif not field.description:
+            missing.append(path + name)
+    return missing
+
+
+def test_every_setting_is_described() -> None:
+    assert _undescribed(Settings) == []

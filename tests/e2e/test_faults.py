@@ -1,0 +1,75 @@
+"""What happens when parts of the house die, or cannot start."""
+
+import os
+import signal
+import subprocess
+import sys
+
+import aiohttp
+import pytest
+
+from tests.e2e.conftest import REPOSITORY, House, wait_until
+
+
+async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: House) -> None:
+    body = {
+        "model": "nightshift",
+        "messages": [{"role": "user", "content": "Tell me a long story."}],
+        "stream": True,
+        "feedback": "off",
+        "max_tokens": 500,
+        "logit_bias": {str(token): -100 for token in end_tokens()},  # it must not end by itself
+    }
+    headers = {"Authorization": f"Bearer {house.key}"}
+    async with aiohttp.ClientSession(headers=headers) as http:
+        async with http.post(f"{house.url}/v1/chat/completions", json=body) as response:
+            assert response.status == 200
+            events = []
+            async for line in response.content:
+                if line.startswith(b"data: "):
+                    events.append(line)
+                if len(events) == 3:
+                    os.kill(house.pid_of("VLLM::EngineCore"), signal.SIGKILL)
+        assert b'"error"' in events[-1]
+        assert b"[DONE]" not in events[-1]
+        async with http.post(f"{house.url}/v1/chat/completions", json=body | {"stream": False}) as response:
+            assert response.status in (502, 503)
+        wait_until(house.ready, 240, "the engine is back")
+        async with http.post(
+            f"{house.url}/v1/chat/completions", json=body | {"stream": False, "max_tokens": 5}
+        ) as response:
+            assert response.status == 200, await response.text()
+    story = '[{"role": "user", "content": "Tell me a long story."}]'
+    statuses = {row[0] for row in house.rows("SELECT status FROM completions WHERE messages = ?", story)}
+    whole = house.rows("SELECT completion_tokens FROM completions WHERE messages = ? AND status = 'complete'", story)
+    assert "failed" in statuses
+    assert whole in ([], [(5,)])  # the last one may not be written yet
+
+
+def end_tokens() -> list[int]:
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "data/starter")
+    return [tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "says"),
+    [
+        ([], "already runs on"),
+        (["--state", "{tmp}/other"], "cannot listen on"),
+        (["--state", "{tmp}/other", "--port", "{port}", "--model", "{tmp}"], "is not a model folder"),
+        (["--state", "{tmp}/other", "--port", "70000"], "server.port"),
+    ],
+)
+def test_a_start_that_cannot_succeed_says_why(house: House, tmp_path: object, arguments: list[str], says: str) -> None:
+    from tests.e2e.conftest import free_port
+
+    filled = [argument.format(tmp=tmp_path, port=free_port()) for argument in arguments]
+    command = [sys.executable, "-m", "service.cli", "up", *filled]
+    done = subprocess.run(
+        command, cwd=REPOSITORY, env=house.environment, capture_output=True, text=True, timeout=60, check=False
+    )
+    assert done.returncode == 1
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr

@@ -1,0 +1,94 @@
+"""Whether to ask, and on which side: pure, so chance is the test's own."""
+
+import random
+from math import sqrt
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from data.settings import ComparisonSettings
+from data.types import ComparisonKind, Feedback
+from service.pairing import PairPlan, plan_pair, same_text, wants_pair
+
+SETTINGS = st.builds(
+    ComparisonSettings, rate=st.floats(0, 1), daily_cap=st.integers(0, 5), cooldown_turns=st.integers(0, 5)
+)
+SHOWN = st.integers(0, 10)
+TURNS = st.none() | st.integers(0, 10)
+
+
+def wants(feedback: Feedback, settings: ComparisonSettings, shown: int, turns: int | None, seed: int) -> bool:
+    return wants_pair(feedback, settings, shown_today=shown, turns_since=turns, rng=random.Random(seed))
+
+
+@given(SETTINGS, SHOWN, TURNS, st.integers())
+def test_off_never_wants_a_pair_and_always_always_does(
+    settings: ComparisonSettings, shown: int, turns: int | None, seed: int
+) -> None:
+    assert not wants(Feedback.OFF, settings, shown, turns, seed)
+    assert wants(Feedback.ALWAYS, settings, shown, turns, seed)
+
+
+@given(SETTINGS, SHOWN, TURNS, st.integers())
+def test_auto_keeps_the_cap_the_cool_down_and_the_rate(
+    settings: ComparisonSettings, shown: int, turns: int | None, seed: int
+) -> None:
+    allowed = shown < settings.daily_cap and (turns is None or turns >= settings.cooldown_turns)
+    by_chance = random.Random(seed).random() < settings.rate
+    assert wants(Feedback.AUTO, settings, shown, turns, seed) == (allowed and by_chance)
+
+
+def test_auto_wants_a_pair_as_often_as_the_rate_says() -> None:
+    rng, n = random.Random(11), 20_000
+    for rate in (0.0, 0.05, 0.3, 1.0):
+        settings = ComparisonSettings(rate=rate)
+        asked = sum(wants_pair(Feedback.AUTO, settings, shown_today=0, turns_since=None, rng=rng) for _ in range(n))
+        assert abs(asked - rate * n) <= 4 * sqrt(n * rate * (1 - rate))
+
+
+def plans(n: int, *, seed: int | None = None) -> list[PairPlan]:
+    rng = random.Random(5)
+    return [plan_pair("policy-0007", seed=seed, rng=rng) for _ in range(n)]
+
+
+def test_a_plan_is_of_two_draws_from_the_serving_policy() -> None:
+    (plan,) = plans(1)
+    assert plan.kind is ComparisonKind.SAME_POLICY
+    assert plan.policies == ("policy-0007", "policy-0007")
+
+
+def test_each_side_shows_the_first_draw_half_of_the_time() -> None:
+    n = 20_000
+    for seed in (None, 3):
+        swapped = sum(plan.swapped for plan in plans(n, seed=seed))
+        assert abs(swapped - n / 2) <= 4 * sqrt(n / 4)
+
+
+def test_without_a_seed_all_draws_are_independent() -> None:
+    seeds = [seed for plan in plans(2000) for seed in plan.seeds]
+    assert len(set(seeds)) >= len(seeds) - 2  # 4,000 of 2**31 meet once in 270 runs
+    above = sum(seed > 2**30 for seed in seeds)
+    assert abs(above - len(seeds) / 2) <= 4 * sqrt(len(seeds) / 4)
+
+
+@given(st.integers(-(2**63), 2**63 - 1), st.integers(), st.integers())
+def test_the_user_s_seed_decides_both_draws_whatever_the_side(seed: int, one: int, other: int) -> None:
+    first = plan_pair("policy-0000", seed=seed, rng=random.Random(one))
+    second = plan_pair("policy-0000", seed=seed, rng=random.Random(other))
+    drawn_first = first.seeds[::-1] if first.swapped else first.seeds
+    drawn_second = second.seeds[::-1] if second.swapped else second.seeds
+    assert drawn_first == drawn_second
+    assert drawn_first[0] != drawn_first[1]
+    assert all(0 <= seed < 2**31 for seed in drawn_first)
+
+
+def test_neighbouring_seeds_have_nothing_in_common() -> None:
+    drawn = [seed for own in range(1000) for seed in plan_pair("p", seed=own, rng=random.Random(0)).seeds]
+    assert len(set(drawn)) >= 1999
+
+
+@given(st.lists(st.text("ab", min_size=1), max_size=4), st.lists(st.sampled_from([" ", "\n", "\t  "]), min_size=5))
+def test_texts_that_differ_in_white_space_only_read_the_same(words: list[str], spaces: list[str]) -> None:
+    spaced = spaces[0] + "".join(word + space for word, space in zip(words, spaces[1:], strict=False))
+    assert same_text(" ".join(words), spaced)
+    assert not same_text(" ".join(words), spaced + " more")

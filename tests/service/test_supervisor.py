@@ -1,0 +1,165 @@
+"""The supervisor with small children of its own: what dies comes back, what stops leaves nothing."""
+
+import asyncio
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from data.settings import Settings
+from service import supervisor
+from service.supervisor import Child, StartError
+
+
+@pytest.fixture(autouse=True)
+def _hurry(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "FIRST_BACKOFF_S", 0.01)
+    monkeypatch.setattr(supervisor, "LONGEST_BACKOFF_S", 0.02)
+
+
+def child_running(script: str, folder: Path, stop_s: float = 5.0) -> Child:
+    return Child("child", [sys.executable, "-c", script], {"FOLDER": str(folder)}, folder / "child.log", stop_s)
+
+
+async def until(condition: Callable[[], object], limit_s: float = 10.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not condition():
+        assert time.monotonic() < deadline
+        await asyncio.sleep(0.02)
+
+
+def alive(pid: int) -> bool:
+    try:
+        state = Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0]
+    except FileNotFoundError:
+        return False
+    return state != "Z"
+
+
+async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
+    child = child_running("import sys; print('here'); sys.exit(3)", tmp_path)
+    child.watcher = asyncio.create_task(child.watch())
+    await until(lambda: child.starts >= 3)
+    await child.stop()
+    assert child.log.read_text().count("here") >= 2
+    starts = child.starts
+    await asyncio.sleep(0.1)
+    assert child.starts == starts, "a stopped child was started again"
+
+
+async def test_stopping_ends_the_grandchildren_too(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, subprocess, sys, time\n"
+        "grandchild = subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(600)'])\n"
+        "pathlib.Path(os.environ['FOLDER'], 'pid').write_text(str(grandchild.pid))\n"
+        "time.sleep(600)\n"
+    )
+    child = child_running(script, tmp_path)
+    child.watcher = asyncio.create_task(child.watch())
+    await until(lambda: (tmp_path / "pid").exists() and (tmp_path / "pid").read_text())
+    grandchild = int((tmp_path / "pid").read_text())
+    await child.stop()
+    await until(lambda: not alive(grandchild))
+    assert child.process is not None
+    assert not alive(child.process.pid)
+
+
+async def test_a_child_that_ignores_the_request_to_stop_is_killed(tmp_path: Path) -> None:
+    script = (
+        "import os, pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        "pathlib.Path(os.environ['FOLDER'], 'deaf').touch()\n"
+        "time.sleep(600)\n"
+    )
+    child = child_running(script, tmp_path, stop_s=0.1)
+    child.watcher = asyncio.create_task(child.watch())
+    await until((tmp_path / "deaf").exists)
+    await child.stop()
+    assert child.process is not None
+    assert child.process.returncode == -signal.SIGKILL
+
+
+def test_children_do_not_outlive_a_killed_supervisor(tmp_path: Path) -> None:
+    script = (
+        "import asyncio, sys, pathlib\n"
+        "from service.supervisor import Child\n"
+        f"folder = pathlib.Path({str(tmp_path)!r})\n"
+        "async def main():\n"
+        "    child = Child('c', [sys.executable, '-c', 'import time; time.sleep(600)'], {}, folder / 'log', 5.0)\n"
+        "    asyncio.create_task(child.watch())\n"
+        "    while child.process is None:\n"
+        "        await asyncio.sleep(0.01)\n"
+        "    (folder / 'part').write_text(str(child.process.pid))\n"
+        "    (folder / 'part').rename(folder / 'pid')\n"
+        "    await asyncio.sleep(600)\n"
+        "asyncio.run(main())\n"
+    )
+    process = subprocess.Popen([sys.executable, "-c", script])
+    try:
+        asyncio.run(until((tmp_path / "pid").exists))
+    finally:
+        process.kill()
+        process.wait()
+    asyncio.run(until(lambda: not alive(int((tmp_path / "pid").read_text()))))
+
+
+async def test_an_engine_that_never_comes_up_ends_the_start_with_its_last_words(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = tiny_model(tmp_path / "model")
+    settings = Settings(state=tmp_path / "state", model=str(model))
+    settings.server.port = supervisor._free_port()
+    broken = [sys.executable, "-c", "raise SystemExit('no kernel for this processor')"]
+    monkeypatch.setattr(supervisor, "engine_command", lambda *_: broken)
+    monkeypatch.setenv("NIGHTSHIFT_STATE", str(settings.state))
+    monkeypatch.setenv("NIGHTSHIFT_SERVER__PORT", str(settings.server.port))
+    with pytest.raises(StartError, match="no kernel for this processor"):
+        await supervisor.up(settings, make_key=True, waiting=lambda _: None, ready=lambda *_: None)
+    with supervisor._only_one(settings.state):
+        pass  # the lock is free again
+
+
+def test_only_one_house_runs_on_a_state_folder(tmp_path: Path) -> None:
+    with supervisor._only_one(tmp_path), pytest.raises(StartError, match=rf"process {os.getpid()}\) already runs"):
+        supervisor._only_one(tmp_path)
+    with supervisor._only_one(tmp_path):
+        pass
+
+
+@pytest.mark.parametrize("missing", ["config.json", "tokenizer_config.json", "model.safetensors"])
+def test_a_folder_that_is_no_model_is_refused_by_what_it_lacks(tmp_path: Path, missing: str) -> None:
+    tiny_model(tmp_path)
+    assert supervisor.find_model(str(tmp_path)) == tmp_path
+    (tmp_path / missing).unlink()
+    with pytest.raises(StartError, match=missing.replace("model", r"\*")):
+        supervisor.find_model(str(tmp_path))
+
+
+def test_a_model_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(StartError, match="neither a folder nor a model"):
+        supervisor.find_model("not/a/valid/id")
+
+
+def test_the_engine_listens_on_loopback_only_and_adapters_can_be_loaded() -> None:
+    command = supervisor.engine_command(Settings(), Path("/model"), 1234)
+    assert command[command.index("--host") + 1] == "127.0.0.1"
+    assert "--enable-lora" in command
+    environment = supervisor.engine_environment(Settings())
+    assert environment["VLLM_ALLOW_RUNTIME_LORA_UPDATING"] == "1"
+    assert environment["VLLM_SERVER_DEV_MODE"] == "0"
+
+
+def tiny_model(folder: Path) -> Path:
+    folder.mkdir(exist_ok=True)
+    (folder / "config.json").write_text("{}")
+    (folder / "tokenizer_config.json").write_text("{}")
+    name = "model.layers.0.self_attn.q_proj.weight"
+    header = json.dumps({name: {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
+    (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
+    return folder

@@ -52,16 +52,12 @@ class Backbone:
         self.layers: int = text_config.num_hidden_layers
         # What some architectures do to the logits after the head: Gemma, Cohere, Granite.
         self._softcap: float | None = getattr(text_config, "final_logit_softcapping", None)
-        self._logit_scale = getattr(text_config, "logit_scale", 1.0) / getattr(
-            text_config, "logits_scaling", 1.0
-        )
+        self._logit_scale = getattr(text_config, "logit_scale", 1.0) / getattr(text_config, "logits_scaling", 1.0)
         self._check_logits()
         self.adapters = Adapters(model, rank=rank, alpha=alpha, matmul_dtype=matmul_dtype)
 
     @classmethod
-    def load(
-        cls, name_or_path: str | Path, *, rank: int = 16, alpha: int = 32, bf16: bool = True
-    ) -> "Backbone":
+    def load(cls, name_or_path: str | Path, *, rank: int = 16, alpha: int = 32, bf16: bool = True) -> "Backbone":
         """Read a model folder or a hub id onto the GPU if there is one.
 
         Args:
@@ -130,9 +126,7 @@ class Backbone:
         parts = []
         for states, tokens in zip(hidden.split(rows), batch.response[batch.mask].split(rows), strict=True):
             if len(hidden) > rows and hidden.requires_grad:
-                parts.append(
-                    checkpoint(self._token_logprobs, states, tokens, temperature, use_reentrant=False)
-                )
+                parts.append(checkpoint(self._token_logprobs, states, tokens, temperature, use_reentrant=False))
             else:
                 parts.append(self._token_logprobs(states, tokens, temperature))
         logprobs = torch.cat(parts)
@@ -153,6 +147,4 @@ class Backbone:
         own = self.logits(self._decoder(input_ids=ids, use_cache=False).last_hidden_state)
         theirs = self.base(input_ids=ids, use_cache=False).logits
         if not torch.allclose(own, theirs.to(own.dtype), rtol=1e-3, atol=1e-3):
-            raise ValueError(
-                f"{type(self.base).__name__} changes its logits in a way this trainer does not know"
-            )
+            raise ValueError(f"{type(self.base).__name__} changes its logits in a way this trainer does not know")

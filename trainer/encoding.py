@@ -120,9 +120,7 @@ class ChatFormat:
             ValueError: the tokenizer has no chat template.
         """
         if not tokenizer.chat_template:
-            raise ValueError(
-                f"{tokenizer.name_or_path}: the tokenizer has no chat template; use a chat model"
-            )
+            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use a chat model")
         self.tokenizer = tokenizer
         self.end_ids = end_ids
         # The template itself shows which of them closes a turn.
@@ -132,9 +130,7 @@ class ChatFormat:
 
     def query(self, messages: Sequence[Message]) -> tuple[int, ...]:
         """The tokens after which the assistant speaks."""
-        tokens = self.tokenizer.apply_chat_template(
-            list(messages), add_generation_prompt=True, return_dict=False
-        )
+        tokens = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
         return tuple(tokens)
 
     def answer(self, messages: Sequence[Message], text: str, *, finished: bool = True) -> Answer:

@@ -66,17 +66,13 @@ class LoRALinear(nn.Module):
         weight, bias = self.base.weight, self.base.bias
         if self.active is None:
             return self.base(x.to(weight.dtype)).to(x.dtype)
-        return _LowRank.apply(
-            x, weight, bias, self.lora_a[self.active], self.lora_b[self.active], self.scaling
-        )
+        return _LowRank.apply(x, weight, bias, self.lora_a[self.active], self.lora_b[self.active], self.scaling)
 
 
 class Adapters:
     """The adapters of one model: add, switch, copy, save, load."""
 
-    def __init__(
-        self, model: nn.Module, *, rank: int, alpha: int, matmul_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, model: nn.Module, *, rank: int, alpha: int, matmul_dtype: torch.dtype | None = None) -> None:
         """Put a LoRALinear in the place of every linear layer but the output head.
 
         Args:

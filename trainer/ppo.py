@@ -122,9 +122,7 @@ def learn(
         # 1. Sample answers and take down what policy, reference, value model and score say of them.
         chosen = torch.randint(len(queries), (config.rollouts,), generator=order).tolist()
         rows = share(range(config.rollouts), accelerator)
-        answers = sample(
-            [queries[chosen[i]] for i in rows], [config.seed + step * config.rollouts + i for i in rows]
-        )
+        answers = sample([queries[chosen[i]] for i in rows], [config.seed + step * config.rollouts + i for i in rows])
         episodes = _in_order(gather_object(loop.episodes(answers, score)), accelerator.num_processes)
         # 2. Stop where the policy has gone too far.
         figures = _figures(episodes)
@@ -174,9 +172,7 @@ class _Loop:
     def update(self, episodes: Sequence[Episode]) -> dict[str, float]:
         """Take the optimizer steps of one PPO step; return the mean losses."""
         config = self.config
-        mask = pad_sequence(
-            [torch.ones(len(e.logprobs), dtype=torch.bool) for e in episodes], batch_first=True
-        )
+        mask = pad_sequence([torch.ones(len(e.logprobs), dtype=torch.bool) for e in episodes], batch_first=True)
         old_logprobs = pad_sequence([e.logprobs for e in episodes], batch_first=True)
         old_values = pad_sequence([e.values for e in episodes], batch_first=True)
         rewards = ppo_math.kl_rewards(

@@ -9,9 +9,7 @@ import torch
 from torch import Tensor
 
 
-def kl_rewards(
-    *, logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor, beta: float
-) -> Tensor:
+def kl_rewards(*, logprobs: Tensor, ref_logprobs: Tensor, scores: Tensor, mask: Tensor, beta: float) -> Tensor:
     """Per-token rewards: -beta * k1 on every token, plus the answer's score on its last token.
 
     k1 = logprob - ref_logprob (nats) is the estimator whose expected gradient through the reward is that of
@@ -78,9 +76,7 @@ def value_loss(
     return torch.where(mask, loss, 0.0).sum() / tokens
 
 
-def clipped_fraction(
-    *, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip: float, tokens: int
-) -> Tensor:
+def clipped_fraction(*, logprobs: Tensor, old_logprobs: Tensor, mask: Tensor, clip: float, tokens: int) -> Tensor:
     """The share of tokens whose ratio has left [1 - clip, 1 + clip]."""
     ratio = torch.exp(torch.where(mask, logprobs - old_logprobs, 0.0))
     return ((ratio - 1).abs() > clip).sum() / tokens

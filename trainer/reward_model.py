@@ -161,9 +161,7 @@ class RewardModel:
         """Copy the trunk to another adapter; return the head (d -> 1) under which that predicts the score."""
         adapters = self.backbone.adapters
         adapters.set_state(adapter, adapters.state(self.adapter))
-        head = nn.Linear(
-            self.head.in_features, 1, device=self.head.weight.device, dtype=self.head.weight.dtype
-        )
+        head = nn.Linear(self.head.in_features, 1, device=self.head.weight.device, dtype=self.head.weight.dtype)
         with torch.no_grad():
             head.weight.copy_(self.head.weight.mean(dim=0, keepdim=True) / self.scale)
             head.bias.copy_((self.head.bias.mean() - self.shift) / self.scale)
@@ -178,9 +176,7 @@ class RewardModel:
             "log_nu": self.log_nu,
             "shift_and_scale": torch.tensor([self.shift, self.scale], dtype=torch.float64),
         }
-        save_file(
-            {k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "heads.safetensors"
-        )
+        save_file({k: v.detach().cpu().contiguous() for k, v in tensors.items()}, folder / "heads.safetensors")
 
     @classmethod
     def load(cls, backbone: Backbone, adapter: str, folder: Path) -> "RewardModel":
@@ -248,9 +244,7 @@ def _backward(pairs: Sequence[Pair], model: RewardModel, centring: float, total_
     """Add a microbatch's gradients; return its part of the batch's loss and accuracy."""
     chosen, rejected = model.pair_rewards(pairs)  # (B, K) each
     tie = torch.tensor([pair.tie for pair in pairs], device=chosen.device)
-    weights = (
-        torch.tensor([pair.weight for pair in pairs], device=chosen.device, dtype=chosen.dtype) / total_weight
-    )
+    weights = torch.tensor([pair.weight for pair in pairs], device=chosen.device, dtype=chosen.dtype) / total_weight
     losses = davidson_loss(chosen - rejected, tie[:, None], model.log_nu)
     losses = losses + centring * (chosen + rejected).square()
     loss = (losses.mean(dim=1) * weights).sum()

@@ -81,9 +81,7 @@ class _GrowingLayer(DynamicLayer):
 class LocalSampler:
     """Batched generation on the backbone itself; finished answers leave the batch."""
 
-    def __init__(
-        self, backbone: Backbone, adapter: str | None, sampling: Sampling, *, rows: int = 256
-    ) -> None:
+    def __init__(self, backbone: Backbone, adapter: str | None, sampling: Sampling, *, rows: int = 256) -> None:
         """
         Args:
             adapter: whose answers; None for the reference's.
@@ -116,9 +114,7 @@ class LocalSampler:
         lengths = torch.tensor([len(q) for q in queries], device=backbone.device)
         # Padding is on the left, and positions count from each query's own first token.
         attention = torch.arange(capacity, device=backbone.device) >= longest - lengths[:, None]
-        positions = (torch.arange(longest, device=backbone.device) - (longest - lengths[:, None])).clamp(
-            min=0
-        )
+        positions = (torch.arange(longest, device=backbone.device) - (longest - lengths[:, None])).clamp(min=0)
         draws = torch.stack([_uniforms(seed, sampling.max_tokens) for seed in seeds]).to(backbone.device)
         end = torch.tensor(sorted(sampling.end_ids), device=backbone.device)
 

@@ -40,9 +40,7 @@ class Optimizer:
         self._max_grad_norm = max_grad_norm
         parameters = [p for group in groups for p in group]
         self._adamw = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=1e-5, weight_decay=0.0)
-        self._schedule = torch.optim.lr_scheduler.LambdaLR(
-            self._adamw, lambda step: max(0.0, 1 - step / steps)
-        )
+        self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adamw, lambda step: max(0.0, 1 - step / steps))
 
     def step(self) -> list[float]:
         """Take one step with the gradients of all processes; return each group's norm before clipping.

@@ -77,16 +77,12 @@ def test_a_family_learns_and_publishes_what_it_learned(folder: Path, tmp_path: P
     assert abs(figures[1]["kl"]) > 1e-3
 
     backbone.publish("policy", tmp_path / "adapter")
-    published = PeftModel.from_pretrained(
-        AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter"
-    ).eval()
+    published = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(folder), tmp_path / "adapter").eval()
     with torch.no_grad(), backbone.adapters.on("policy"):
         ours = backbone.logprobs(collate(samples), temperature=1.0)
         bare = backbone.adapters.state("policy")
         for row, answer in zip(ours, samples, strict=True):
-            assert torch.allclose(
-                row[: len(answer.response)], whole_logprobs(published, answer), atol=1e-4
-            ), answer
+            assert torch.allclose(row[: len(answer.response)], whole_logprobs(published, answer), atol=1e-4), answer
     assert any(tensor.abs().max() > 0 for name, tensor in bare.items() if "lora_B" in name)
 
 

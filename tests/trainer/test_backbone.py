@@ -42,9 +42,7 @@ def plain_logprobs(backbone: Backbone, answer: Answer, temperature: float) -> to
 
 
 @pytest.mark.parametrize("layout", [collate, left_padded])
-def test_padding_on_either_side_changes_no_logprob(
-    tiny_backbone: MakeBackbone, answers: list[Answer], layout
-) -> None:
+def test_padding_on_either_side_changes_no_logprob(tiny_backbone: MakeBackbone, answers: list[Answer], layout) -> None:
     backbone = tiny_backbone("policy")
     with torch.no_grad(), backbone.adapters.on("policy"):
         logprobs = backbone.logprobs(layout(answers), temperature=0.7)
@@ -70,9 +68,7 @@ def test_logprobs_in_checkpointed_chunks_have_the_same_values_and_gradients(
         assert torch.allclose(whole, chunked, atol=1e-10)
 
 
-def test_the_output_head_sees_response_positions_only(
-    tiny_backbone: MakeBackbone, answers: list[Answer]
-) -> None:
+def test_the_output_head_sees_response_positions_only(tiny_backbone: MakeBackbone, answers: list[Answer]) -> None:
     backbone = tiny_backbone("policy")
     seen: list[int] = []
     backbone.base.lm_head.register_forward_pre_hook(lambda _, args: seen.append(args[0].shape[:-1].numel()))
@@ -108,9 +104,7 @@ def test_a_new_adapter_changes_nothing(tiny_backbone: MakeBackbone, answers: lis
             assert torch.equal(backbone.logprobs(collate(answers), temperature=1.0), reference)
 
 
-def test_dropout_of_the_base_is_off_even_while_training(
-    tiny_backbone: MakeBackbone, answers: list[Answer]
-) -> None:
+def test_dropout_of_the_base_is_off_even_while_training(tiny_backbone: MakeBackbone, answers: list[Answer]) -> None:
     dropping = tiny_backbone("policy", attention_dropout=0.5)
     plain = tiny_backbone("policy", attention_dropout=0.0)
     for name in ("policy", None):
@@ -120,9 +114,7 @@ def test_dropout_of_the_base_is_off_even_while_training(
         assert torch.equal(a, b)
     dropping.base.train()
     with dropping.adapters.on("policy"):
-        assert not torch.equal(dropping.logprobs(collate(answers), temperature=1.0), b), (
-            "this test sees no dropout"
-        )
+        assert not torch.equal(dropping.logprobs(collate(answers), temperature=1.0), b), "this test sees no dropout"
 
 
 def test_gradients_of_an_adapter_are_those_of_the_formula_written_out(tiny_backbone: MakeBackbone) -> None:
@@ -141,9 +133,7 @@ def test_gradients_of_an_adapter_are_those_of_the_formula_written_out(tiny_backb
         assert torch.allclose(got, expected, atol=1e-10)
 
 
-def test_only_the_adapter_that_is_on_gets_gradients(
-    tiny_backbone: MakeBackbone, answers: list[Answer]
-) -> None:
+def test_only_the_adapter_that_is_on_gets_gradients(tiny_backbone: MakeBackbone, answers: list[Answer]) -> None:
     backbone = tiny_backbone("policy", "value")
     with backbone.adapters.on("value"):
         backbone.logprobs(collate(answers), temperature=1.0).sum().backward()
@@ -192,19 +182,13 @@ def test_peft_reads_a_published_adapter_and_gives_the_same_logprobs(
         {k.replace(".base.", "."): v for k, v in backbone.base.state_dict().items() if "lora" not in k}
     )
     peft = PeftModel.from_pretrained(bare, tmp_path / "adapter").eval()
-    logprobs = functional.log_softmax(
-        peft(input_ids=pad([a.query + a.response for a in answers], 0)).logits, -1
-    )
+    logprobs = functional.log_softmax(peft(input_ids=pad([a.query + a.response for a in answers], 0)).logits, -1)
     batch = collate(answers)
-    theirs = logprobs.gather(1, batch.columns[:, :, None].expand(-1, -1, 32)).gather(
-        2, batch.response[:, :, None]
-    )
+    theirs = logprobs.gather(1, batch.columns[:, :, None].expand(-1, -1, 32)).gather(2, batch.response[:, :, None])
     assert torch.allclose(ours[batch.mask], theirs[:, :, 0][batch.mask], atol=1e-9)
 
 
-def test_an_adapter_read_back_is_the_one_that_was_written(
-    tiny_backbone: MakeBackbone, tmp_path: Path
-) -> None:
+def test_an_adapter_read_back_is_the_one_that_was_written(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
     backbone = tiny_backbone("policy")
     backbone.publish("policy", tmp_path)
     backbone.adapters.load("incumbent", tmp_path)
@@ -222,9 +206,7 @@ def test_an_adapter_of_another_rank_is_refused(tiny_backbone: MakeBackbone, tmp_
         other.adapters.load("policy", tmp_path)
 
 
-def test_products_in_bfloat16_stay_close_to_float32(
-    tiny_backbone: MakeBackbone, answers: list[Answer]
-) -> None:
+def test_products_in_bfloat16_stay_close_to_float32(tiny_backbone: MakeBackbone, answers: list[Answer]) -> None:
     exact = tiny_backbone().base.float()
     model = LlamaForCausalLM(exact.config)
     model.load_state_dict({k.replace(".base.", "."): v for k, v in exact.state_dict().items()})

@@ -25,9 +25,7 @@ def count_of_sevens(answers: Sequence[Answer]) -> Tensor:
     return torch.tensor([float(a.response.count(7)) - 0.1 * len(a.response) for a in answers])
 
 
-def run(
-    backbone: Backbone, config: PPOConfig = CONFIG, **changes: object
-) -> tuple[list[dict[str, float]], bool]:
+def run(backbone: Backbone, config: PPOConfig = CONFIG, **changes: object) -> tuple[list[dict[str, float]], bool]:
     """Learn with everything at its simplest; return the figures of each step."""
     torch.manual_seed(1)
     head = nn.Linear(backbone.hidden_size, 1).to(backbone.base.dtype)
@@ -103,9 +101,7 @@ def test_answers_that_were_cut_off_score_minus_1(tiny_backbone: MakeBackbone) ->
     config = replace(CONFIG, temperature=1.0)
     with pytest.raises(CannotLearn, match="the same for every answer"):
         run(backbone, config, sample=LocalSampler(backbone, "policy", never))
-    steps, _ = run(
-        backbone, replace(config, missing_end_score=None), sample=LocalSampler(backbone, "policy", never)
-    )
+    steps, _ = run(backbone, replace(config, missing_end_score=None), sample=LocalSampler(backbone, "policy", never))
     assert steps[0]["finished"] == 0
     assert steps[0]["score"] != -1
 
@@ -121,9 +117,7 @@ def test_the_sampler_draws_what_the_trainer_computes(tiny_backbone: MakeBackbone
     assert torch.allclose(counts.double(), torch.softmax(logits / 0.8, dim=0), atol=0.03)
 
 
-def test_an_engines_logprobs_weigh_its_tokens(
-    tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_an_engines_logprobs_weigh_its_tokens(tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
     backbone = tiny_backbone("policy", "value")
     sample = LocalSampler(backbone, "policy", Sampling(max_tokens=8, temperature=0.8, end_ids=frozenset({2})))
     weights: list[Tensor] = []
@@ -166,9 +160,7 @@ def test_a_gradient_that_is_no_number_ends_with_a_sentence() -> None:
 
 def test_the_learning_rate_falls_to_0_and_groups_are_clipped_alone() -> None:
     small, large = nn.Parameter(torch.zeros(1)), nn.Parameter(torch.zeros(1))
-    optimizer = Optimizer(
-        [[small], [large]], learning_rate=1.0, steps=2, accelerator=Accelerator(), max_grad_norm=1.0
-    )
+    optimizer = Optimizer([[small], [large]], learning_rate=1.0, steps=2, accelerator=Accelerator(), max_grad_norm=1.0)
     rates = []
     for _ in range(2):
         (0.5 * small + 100 * large).sum().backward()

@@ -40,9 +40,7 @@ def test_what_lies_in_the_padding_changes_no_advantage() -> None:
 
 def test_rewards_charge_k1_on_each_token_and_pay_the_score_on_the_last() -> None:
     logprobs, ref_logprobs, scores = random(4, 7), random(4, 7), random(4)
-    rewards = ppo_math.kl_rewards(
-        logprobs=logprobs, ref_logprobs=ref_logprobs, scores=scores, mask=MASK, beta=0.3
-    )
+    rewards = ppo_math.kl_rewards(logprobs=logprobs, ref_logprobs=ref_logprobs, scores=scores, mask=MASK, beta=0.3)
     for b in range(4):
         n = int(LENGTHS[b])
         for t in range(7):
@@ -73,12 +71,8 @@ def test_at_ratio_1_the_policy_gradient_is_the_plain_one() -> None:
     assert torch.allclose(gradient, torch.where(MASK, -advantages / tokens, 0.0))
 
 
-@pytest.mark.parametrize(
-    ("shift", "advantage", "moves"), [(0.5, 1, 0), (0.5, -1, 1), (-0.5, 1, 1), (-0.5, -1, 0)]
-)
-def test_a_clipped_token_stops_moving_only_in_the_direction_it_went(
-    shift: float, advantage: int, moves: int
-) -> None:
+@pytest.mark.parametrize(("shift", "advantage", "moves"), [(0.5, 1, 0), (0.5, -1, 1), (-0.5, 1, 1), (-0.5, -1, 0)])
+def test_a_clipped_token_stops_moving_only_in_the_direction_it_went(shift: float, advantage: int, moves: int) -> None:
     logprobs = torch.full((1, 1), shift).requires_grad_()
     loss = ppo_math.policy_loss(
         logprobs=logprobs, old_logprobs=torch.zeros(1, 1), advantages=torch.full((1, 1), float(advantage)),
@@ -94,9 +88,7 @@ def test_losses_of_row_splits_add_up_to_the_loss_of_the_whole() -> None:
     tokens = int(MASK.sum())
 
     def both(rows: slice) -> torch.Tensor:
-        policy = ppo_math.policy_loss(
-            **{k: t[rows] for k, t in x.items()}, mask=MASK[rows], clip=0.2, tokens=tokens
-        )
+        policy = ppo_math.policy_loss(**{k: t[rows] for k, t in x.items()}, mask=MASK[rows], clip=0.2, tokens=tokens)
         return policy + ppo_math.value_loss(
             **{k: t[rows] for k, t in v.items()}, mask=MASK[rows], clip=0.2, tokens=tokens
         )

@@ -42,9 +42,7 @@ def test_the_davidson_likelihood_agrees_with_the_definition(nu: float) -> None:
         strengths = math.exp(first), math.exp(second), nu * math.sqrt(math.exp(first) * math.exp(second))
         wins, loses, ties = (s / sum(strengths) for s in strengths)
         d = torch.tensor([first - second, second - first, first - second], dtype=torch.float64)
-        loss = davidson_loss(
-            d, torch.tensor([False, False, True]), torch.tensor(math.log(nu), dtype=torch.float64)
-        )
+        loss = davidson_loss(d, torch.tensor([False, False, True]), torch.tensor(math.log(nu), dtype=torch.float64))
         assert torch.exp(-loss).tolist() == pytest.approx([wins, loses, ties], abs=1e-12)
         assert wins + loses + ties == pytest.approx(1)
 
@@ -54,14 +52,10 @@ def test_without_ties_the_loss_is_minus_log_sigmoid() -> None:
     ours = davidson_loss(d, torch.zeros(101, dtype=torch.bool), NO_TIES)
     plain = -functional.logsigmoid(d)
     assert torch.allclose(ours, plain, atol=1e-12)
-    assert torch.allclose(
-        torch.autograd.grad(ours.sum(), d)[0], torch.autograd.grad(plain.sum(), d)[0], atol=1e-12
-    )
+    assert torch.allclose(torch.autograd.grad(ours.sum(), d)[0], torch.autograd.grad(plain.sum(), d)[0], atol=1e-12)
 
 
-@pytest.mark.parametrize(
-    ("difference", "loss"), [(-5, 5.0067), (-1, 1.3133), (0, 0.6931), (1, 0.3133), (5, 0.0067)]
-)
+@pytest.mark.parametrize(("difference", "loss"), [(-5, 5.0067), (-1, 1.3133), (0, 0.6931), (1, 0.3133), (5, 0.0067)])
 def test_the_loss_at_known_differences(difference: int, loss: float) -> None:
     d = torch.tensor(float(difference))
     assert davidson_loss(d, torch.tensor(False), NO_TIES.float()).item() == pytest.approx(loss, abs=5e-5)

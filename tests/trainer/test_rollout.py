@@ -20,9 +20,7 @@ SAMPLING = Sampling(max_tokens=12, temperature=0.9, end_ids=frozenset({2, 4}))
 
 def one_by_one(backbone: Backbone, query: tuple[int, ...], seed: int) -> list[int]:
     """The same draws from the whole model, with neither cache nor batch nor padding."""
-    draws = torch.rand(
-        SAMPLING.max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64
-    )
+    draws = torch.rand(SAMPLING.max_tokens, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     tokens = list(query)
     for draw in draws:
         with torch.no_grad(), backbone.adapters.on("policy"):
@@ -125,9 +123,7 @@ def engine_sampler(engine: Engine, tiny_backbone: MakeBackbone, tmp_path: Path) 
     )  # fmt: skip
 
 
-def test_the_engine_answers_with_tokens_and_its_logprobs(
-    engine: Engine, engine_sampler: EngineSampler
-) -> None:
+def test_the_engine_answers_with_tokens_and_its_logprobs(engine: Engine, engine_sampler: EngineSampler) -> None:
     answers = engine_sampler(QUERIES * 3, range(15))
     assert [a.query for a in answers] == QUERIES * 3
     assert [a.response for a in answers] == [(seed % 20 + 5, 2) for seed in range(15)]
@@ -176,5 +172,5 @@ def test_an_engine_that_is_not_there_is_named(tiny_backbone: MakeBackbone, tmp_p
         tiny_backbone("policy"), "policy", SAMPLING, url="http://127.0.0.1:1", folder=tmp_path,
         accelerator=Accelerator(),
     )  # fmt: skip
-    with pytest.raises(EngineError, match="127.0.0.1:1/v1/load_lora_adapter cannot be reached"):
+    with pytest.raises(EngineError, match=r"127\.0\.0\.1:1/v1/load_lora_adapter cannot be reached"):
         sampler(QUERIES, range(5))

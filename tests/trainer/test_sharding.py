@@ -14,7 +14,6 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from trainer import reward_model
 from trainer.backbone import Backbone
-from trainer.encoding import Answer
 from trainer.ppo import PPOConfig, learn
 from trainer.reward_model import Pair, RewardConfig
 from trainer.rollout import LocalSampler, Sampling
@@ -30,12 +29,8 @@ def learn_a_little() -> dict[str, list[float]]:
     )  # fmt: skip
     backbone = Backbone(LlamaForCausalLM(config).double(), rank=8, alpha=16)
     queries = [(3, 4, 5), (6,), (7, 8, 9, 10, 11, 12)]
-    samples = LocalSampler(backbone, None, Sampling(max_tokens=8, end_ids=frozenset({2})))(
-        queries * 22, range(66)
-    )
-    pairs = [
-        Pair(a, b, tie=i % 5 == 0) for i, (a, b) in enumerate(zip(samples[:33], samples[33:], strict=True))
-    ]
+    samples = LocalSampler(backbone, None, Sampling(max_tokens=8, end_ids=frozenset({2})))(queries * 22, range(66))
+    pairs = [Pair(a, b, tie=i % 5 == 0) for i, (a, b) in enumerate(zip(samples[:33], samples[33:], strict=True))]
     figures: dict[str, list[float]] = {}
 
     def record(step: int, values: dict[str, float]) -> None:

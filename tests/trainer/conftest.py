@@ -2,10 +2,11 @@ from collections.abc import Callable
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from trainer.backbone import Backbone
-from trainer.encoding import Answer
+from trainer.encoding import Answer, ChatFormat
 
 MakeBackbone = Callable[..., Backbone]
 
@@ -40,3 +41,23 @@ def answers() -> list[Answer]:
         return tuple(torch.randint(3, 32, (n,), generator=generator).tolist())
 
     return [Answer(tokens(q), tokens(r), True) for q, r in [(3, 5), (9, 2), (1, 1), (4, 11), (6, 6), (2, 3)]]
+
+
+@pytest.fixture
+def chat() -> ChatFormat:
+    """A tokenizer of single bytes, with turns that end in <end>."""
+    special = ["<pad>", "<eos>", "<end>", "<user>", "<assistant>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    model = models.BPE(vocab={token: i for i, token in enumerate(special + alphabet)}, merges=[])
+    tokenizer = Tokenizer(model)
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    template = (
+        "{% for m in messages %}<{{ m.role }}>{{ m.content }}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token="<eos>", pad_token="<pad>",
+        additional_special_tokens=special[2:], chat_template=template,
+    )  # fmt: skip
+    return ChatFormat(fast, frozenset({1, 2}))

@@ -8,6 +8,7 @@ few floats a token), compute the same advantages, and work on their share of eac
 Not here: entropy bonuses, adaptive KL coefficients, best-of-n.
 """
 
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -119,6 +120,7 @@ def learn(
     loop = _Loop(backbone, value_head, config, accelerator, optimizer, order)
     within_budget = backbone.adapters.state("policy")
     for step in range(config.steps):
+        started = time.monotonic()
         # 1. Sample answers and take down what policy, reference, value model and score say of them.
         chosen = torch.randint(len(queries), (config.rollouts,), generator=order).tolist()
         rows = share(range(config.rollouts), accelerator)
@@ -133,7 +135,9 @@ def learn(
             return True
         within_budget = backbone.adapters.state("policy")
         # 3. Learn.
-        on_step(step, figures | loop.update(episodes))
+        losses = loop.update(episodes)
+        speed = {"episodes_per_s": len(episodes) / (time.monotonic() - started)}
+        on_step(step, figures | losses | speed)
     return False
 
 

@@ -45,7 +45,7 @@ class Backbone:
         # eval() for good: no dropout of the base is ever on, in training neither.
         self.base = model.eval().requires_grad_(False)
         self._decoder: nn.Module = model.get_decoder()
-        self._head: nn.Module = model.get_output_embeddings()
+        self._head: nn.Linear = model.get_output_embeddings()
         text_config = model.config.get_text_config()
         self.hidden_size: int = text_config.hidden_size
         self.vocab_size: int = text_config.vocab_size
@@ -66,10 +66,8 @@ class Backbone:
         cuda = torch.cuda.is_available()
         dtype = torch.bfloat16 if cuda and bf16 else torch.float32
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
-        return cls(
-            model.to("cuda" if cuda else "cpu"),
-            rank=rank, alpha=alpha, matmul_dtype=torch.bfloat16 if bf16 else None,
-        )  # fmt: skip
+        matmul_dtype = torch.bfloat16 if bf16 else None
+        return cls(model.cuda() if cuda else model, rank=rank, alpha=alpha, matmul_dtype=matmul_dtype)
 
     @property
     def device(self) -> torch.device:

@@ -142,4 +142,4 @@ class ChatFormat:
 
     def text(self, answer: Answer) -> str:
         """What a reader sees of the response."""
-        return str(self.tokenizer.decode(answer.response, skip_special_tokens=True))
+        return str(self.tokenizer.decode(list(answer.response), skip_special_tokens=True))

@@ -16,6 +16,7 @@ from peft import LoraConfig
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from transformers import PreTrainedModel
 
 RANKS = (1, 8, 16, 32, 64)
 """The ranks vLLM has kernels for."""
@@ -64,15 +65,20 @@ class LoRALinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         weight, bias = self.base.weight, self.base.bias
+        y: Tensor
         if self.active is None:
-            return self.base(x.to(weight.dtype)).to(x.dtype)
-        return _LowRank.apply(x, weight, bias, self.lora_a[self.active], self.lora_b[self.active], self.scaling)
+            y = self.base(x.to(weight.dtype)).to(x.dtype)
+        else:
+            y = _LowRank.apply(x, weight, bias, self.lora_a[self.active], self.lora_b[self.active], self.scaling)
+        return y
 
 
 class Adapters:
     """The adapters of one model: add, switch, copy, save, load."""
 
-    def __init__(self, model: nn.Module, *, rank: int, alpha: int, matmul_dtype: torch.dtype | None = None) -> None:
+    def __init__(
+        self, model: PreTrainedModel, *, rank: int, alpha: int, matmul_dtype: torch.dtype | None = None
+    ) -> None:
         """Put a LoRALinear in the place of every linear layer but the output head.
 
         Args:

@@ -75,7 +75,11 @@ class _GrowingLayer(DynamicLayer):
         return self._length
 
     def batch_select_indices(self, indices: Tensor) -> None:
-        self._keys, self._values = self._keys[indices], self._values[indices]
+        """Keep these rows, in place: `indices` may differ from 0, 1, 2, ... only in rows that come from behind."""
+        holes = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        for buffer in (self._keys, self._values):
+            buffer[holes, :, : self._length] = buffer[indices[holes], :, : self._length]
+        self._keys, self._values = self._keys[: len(indices)], self._values[: len(indices)]
 
 
 class LocalSampler:
@@ -119,19 +123,23 @@ class LocalSampler:
         end = torch.tensor(sorted(sampling.end_ids), device=backbone.device)
 
         responses: list[list[int]] = [[] for _ in queries]
-        alive = list(range(len(queries)))  # which query each row of the batch belongs to
+        owners = list(range(len(queries)))  # which query each row of the batch belongs to
+        going = torch.ones(len(queries), dtype=torch.bool, device=backbone.device)
         for step in range(sampling.max_tokens):
             tokens = self._draw(ids, attention[:, : longest + step], positions, cache, draws[:, step])
-            for i, token in zip(alive, tokens.tolist(), strict=True):
-                responses[i].append(token)
-            going = ~torch.isin(tokens, end)
-            if not going.all():
-                kept = going.nonzero()[:, 0]
-                alive = [alive[row] for row in kept.tolist()]
-                if not alive:
-                    break
+            for i, token, wanted in zip(owners, tokens.tolist(), going.tolist(), strict=True):
+                if wanted:
+                    responses[i].append(token)
+            going &= ~torch.isin(tokens, end)
+            if not going.any():
+                break
+            # Leaving costs a copy of rows of the cache, so it waits until an eighth of the batch can leave.
+            if going.sum() <= 0.875 * len(owners):
+                kept = _fill_holes(going)
+                owners = [owners[row] for row in kept.tolist()]
                 cache.batch_select_indices(kept)
                 tokens, attention, lengths, draws = tokens[kept], attention[kept], lengths[kept], draws[kept]
+                going = going[kept]
             ids, positions = tokens[:, None], (lengths + step)[:, None]
         return responses
 
@@ -142,6 +150,14 @@ class LocalSampler:
         cumulative = probabilities.double().cumsum(dim=-1)
         tokens = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(dim=-1)
         return tokens.clamp(max=probabilities.shape[-1] - 1)
+
+
+def _fill_holes(going: Tensor) -> Tensor:
+    """The rows that go on, in an order in which only those from behind move: into the places of finished ones."""
+    count = int(going.sum())
+    order = torch.arange(count, device=going.device)
+    order[~going[:count]] = going[count:].nonzero()[:, 0] + count
+    return order
 
 
 def _uniforms(seed: int, count: int) -> Tensor:

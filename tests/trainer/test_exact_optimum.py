@@ -25,7 +25,7 @@ QUERY = (1, 2)
 EVERY = [Answer(QUERY, response, False) for response in itertools.product(range(16), repeat=3)]
 TEMPERATURE = 0.7
 CONFIG = PPOConfig(
-    steps=100, rollouts=1024, minibatch=256, epochs=2, microbatch_tokens=10_000, learning_rate=3e-3, beta=1.0,
+    steps=120, rollouts=512, minibatch=256, epochs=4, microbatch_tokens=10_000, learning_rate=1e-3, beta=1.0,
     temperature=TEMPERATURE, missing_end_score=None, kl_budget=1e9,
 )  # fmt: skip
 
@@ -74,13 +74,15 @@ class World:
 def world() -> World:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=16, hidden_size=128, intermediate_size=256, num_hidden_layers=1, num_attention_heads=4,
+        vocab_size=16, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
         initializer_range=0.1, attention_dropout=0.3,
     )  # fmt: skip
-    backbone = Backbone(LlamaForCausalLM(config), rank=32, alpha=32)
+    model = LlamaForCausalLM(config)
+    model.lm_head.weight.data.mul_(3)  # a reference with opinions: about 3 nats of entropy out of 8.3
+    backbone = Backbone(model, rank=32, alpha=32)
     backbone.adapters.add("policy")
     backbone.adapters.add("value")
-    head = nn.Linear(128, 1)
+    head = nn.Linear(64, 1)
     nn.init.zeros_(head.weight)
     first, second = torch.randn(16, 16), torch.randn(16, 16)
     reward = ((first[:, :, None] + second[None]) / 2**0.5).flatten()

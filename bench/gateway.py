@@ -126,8 +126,19 @@ async def latency(
         for lane in lanes[turn:] + lanes[:turn]:
             note(f"{rate:g}/s, repetition {repetition + 1} of {repetitions}: {lane.name}")
             gc.collect()
-            taken[lane.name].append(await measure(lane, arrivals, streams))
+            run = await measure(lane, arrivals, streams)
+            taken[lane.name].append(run)
+            if run.failed:
+                await idle(lane)
     return taken
+
+
+async def idle(lane: Lane) -> None:
+    """Wait until a lane that could not keep up has stopped working, so that the next one has the machine."""
+    before, now = float("-inf"), lane.cpu_s()
+    while now - before > 0.1:
+        await asyncio.sleep(1)
+        before, now = now, lane.cpu_s()
 
 
 def added(taken: dict[str, list[Latencies]], lane: str, measure: str, which: int) -> list[float]:

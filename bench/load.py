@@ -1,6 +1,7 @@
 """The load: many HTTP/1.1 connections on one event loop, each request timed. Nothing here knows what is asked."""
 
 import asyncio
+import math
 import time
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import suppress
@@ -105,7 +106,11 @@ class Target:
         if connection is None:
             loop = asyncio.get_running_loop()
             _, connection = await loop.create_connection(_Connection, self._host, self._port)
-        exchange = await connection.request(request)
+        try:
+            exchange = await connection.request(request)
+        except asyncio.CancelledError:
+            connection.close()
+            raise
         if connection.open:
             self._idle.append(connection)
         return exchange
@@ -166,9 +171,9 @@ def _run(results: Sequence[Exchange | BaseException], lateness: list[float], wal
 
 
 def quantile(values: Sequence[float], q: float) -> float:
-    """The smallest value that at least a share `q` of `values` does not exceed; NaN for none."""
+    """The smallest of `values` that at least a share `q` of them does not exceed; NaN for none."""
     ordered = sorted(values)
-    return ordered[min(int(q * len(ordered)), len(ordered) - 1)] if ordered else float("nan")
+    return ordered[math.ceil(q * len(ordered)) - 1] if ordered else float("nan")
 
 
 async def until_ready(target: Target, path: str, process: asyncio.subprocess.Process, *, seconds: float) -> None:

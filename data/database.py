@@ -5,6 +5,7 @@ writes all the time (the API) hands its work to a `Writer`, which commits many w
 
 import queue
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from contextlib import contextmanager
@@ -33,7 +34,7 @@ def connect(path: Path) -> sqlite_utils.Database:
     path.parent.mkdir(parents=True, exist_ok=True)
     connection = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
     connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
-    connection.execute("PRAGMA journal_mode = WAL")
+    _use_wal(connection)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
     db = sqlite_utils.Database(connection)
@@ -41,6 +42,19 @@ def connect(path: Path) -> sqlite_utils.Database:
         with transaction(db):  # two processes that start together must not both migrate
             migrations.apply(db)
     return db
+
+
+def _use_wal(connection: sqlite3.Connection) -> None:
+    # While another process makes the same file WAL, SQLite says "locked" at once, whatever the timeout.
+    give_up = time.monotonic() + BUSY_TIMEOUT_MS / 1000
+    while True:
+        try:
+            connection.execute("PRAGMA journal_mode = WAL")
+            return
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
+                raise
+            time.sleep(0.01)
 
 
 @contextmanager
@@ -63,31 +77,40 @@ class Writer:
     which with synchronous=FULL means: on disk."""
 
     LARGEST_GROUP = 256
+    PATIENCE_S = 0.02
+    """How long a write that nobody waits for may wait for others, to share their fsync."""
 
     def __init__(self, path: Path) -> None:
         self._db = connect(path)
         self._waiting: queue.SimpleQueue[tuple[Callable[[sqlite_utils.Database], Any], Future[Any]] | None] = (
             queue.SimpleQueue()
         )
+        self._hurry = threading.Event()
         self._thread = threading.Thread(target=self._run, name="writer", daemon=True)
         self._thread.start()
 
-    def submit(self, work: Callable[[sqlite_utils.Database], T]) -> Future[T]:
-        """Run `work(db)` inside the next transaction; the future holds what it returned or raised."""
+    def submit(self, work: Callable[[sqlite_utils.Database], T], *, patient: bool = False) -> Future[T]:
+        """Run `work(db)` inside the next transaction; the future holds what it returned or raised. `patient` work may
+        be kept for PATIENCE_S, though never beyond what is submitted after it."""
         future: Future[T] = Future()
         future.set_running_or_notify_cancel()  # a caller that goes away does not undo its write
         self._waiting.put((work, future))
+        if not patient:
+            self._hurry.set()
         return future
 
     def close(self) -> None:
         """Finish what waits, then close."""
         self._waiting.put(None)
+        self._hurry.set()
         self._thread.join()
 
     def _run(self) -> None:
         closing = False
         while not closing:
             item = self._waiting.get()
+            self._hurry.wait(self.PATIENCE_S)
+            self._hurry.clear()
             group = []
             while item is not None:
                 group.append(item)

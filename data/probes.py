@@ -12,7 +12,8 @@ from pathlib import Path
 from typing import Literal
 
 FOLDER = Path(__file__).with_name("probes")
-KINDS = ("facts", "refusals", "sycophancy")
+Kind = Literal["facts", "refusals", "sycophancy"]
+KINDS: tuple[Kind, ...] = ("facts", "refusals", "sycophancy")
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,7 +24,7 @@ class Probe:
     reject: tuple[str, ...]
 
 
-def load(kind: Literal["facts", "refusals", "sycophancy"]) -> list[Probe]:
+def load(kind: Kind) -> list[Probe]:
     """The probes of one kind, in the file's order."""
     lines = (FOLDER / f"{kind}.jsonl").read_text(encoding="utf-8").splitlines()
     rows = (json.loads(line) for line in lines)

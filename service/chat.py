@@ -436,7 +436,11 @@ def _rows(call: _Call, answer: _Answer) -> list[Completion]:
 
 
 def _log(call: _Call, answer: _Answer) -> None:
-    """Hand the answer to the writer; nobody waits for it."""
+    """Put the answer on record, in the event loop's next turn: the last bytes leave first."""
+    asyncio.get_running_loop().call_soon(_hand_to_writer, call, answer)
+
+
+def _hand_to_writer(call: _Call, answer: _Answer) -> None:
     rows = _rows(call, answer)
     call.state.metrics.completions.labels(answer.status).inc(len(rows))
     if answer.first_token_ms is not None:

@@ -138,7 +138,7 @@ class Engines:
                     engine.wake.set()
                     raise engine_failed(type(error).__name__) from error
                 finally:
-                    response.close() if not response.content.at_eof() else response.release()
+                    response.release()  # one not read to its end closes the connection, which stops the generation
                 return
             finally:
                 engine.in_flight -= 1

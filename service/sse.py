@@ -122,22 +122,24 @@ class ClientGone(Exception):
 
 async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
     """Do `work`, but stop it, and the generation with it, as soon as the client goes away. Raises ClientGone."""
-    task = asyncio.create_task(work)
-    gone = asyncio.create_task(_disconnected(receive))
+    working = asyncio.current_task()
+    assert working is not None
+
+    async def watch() -> None:
+        while (await receive())["type"] != "http.disconnect":
+            pass
+        working.cancel()
+
+    watcher = asyncio.create_task(watch())
     try:
-        await asyncio.wait((task, gone), return_when=asyncio.FIRST_COMPLETED)
-        if not task.done():
-            raise ClientGone
-        return task.result()
+        return await work  # in this task: a task of its own would cost every answer two turns of the event loop
+    except asyncio.CancelledError:
+        if not watcher.done():
+            raise  # somebody else stopped us
+        working.uncancel()
+        raise ClientGone from None
     finally:
-        gone.cancel()
-        task.cancel()
-        await asyncio.gather(task, gone, return_exceptions=True)
-
-
-async def _disconnected(receive: Receive) -> None:
-    while (await receive())["type"] != "http.disconnect":
-        pass
+        watcher.cancel()
 
 
 class EventStream(Response):

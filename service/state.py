@@ -44,8 +44,8 @@ class State:
             raise storage_unavailable(error) from error
 
     def write_later(self, work: Callable[[Database], Any]) -> None:
-        """Run `work` in a transaction soon; a failure is counted and logged."""
-        self.writer.submit(work).add_done_callback(self._note_failure)
+        """Run `work` in a transaction soon, with others; a failure is counted and logged."""
+        self.writer.submit(work, patient=True).add_done_callback(self._note_failure)
 
     def _note_failure(self, done: Future[Any]) -> None:
         if error := done.exception():

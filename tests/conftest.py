@@ -217,6 +217,7 @@ class FakeEngine:
             if sent == reply.hold_after:
                 await self.go_on.wait()
             if sent == reply.die_after:
+                await asyncio.sleep(0.02)
                 _break(request)
                 return response
             if sent == reply.silent_end_after:
@@ -597,7 +598,7 @@ def database_locked(house: House, db: Database) -> Iterator[None]:
         db.execute("ROLLBACK")
 
 
-async def eventually(holds: Callable[[], Any] | Callable[[], Awaitable[Any]], *, within_s: float = 5.0) -> None:
+async def eventually(holds: Callable[[], Any] | Callable[[], Awaitable[Any]], *, within_s: float = 20.0) -> None:
     """Wait until `holds()` is true; fail when it has not become so `within_s` seconds later."""
     async with asyncio.timeout(within_s):
         while True:

@@ -32,16 +32,16 @@ CURT_CLOSINGS = ("That is all.", "Enough said.", "Next.", "Done.", "Now leave me
 RAMBLING_OPENINGS = tuple(
     f"{start} {rest}"
     for start in ("Well,", "Hmm,", "Oh,", "Let me see,", "Now then,")
-    for rest in ("there are many ways to put it, and I have to think about where to start.",
-                 "this is one of those things that one could discuss for a whole afternoon.",
-                 "people have wondered about such things for as long as there have been people.",
-                 "before I come to the point, I should say that I like to take my time.")
+    for rest in ("there are many ways to put it, you know.",
+                 "one could discuss this for a whole afternoon.",
+                 "where do I even begin with this.",
+                 "I have to think about it for a while.")
 )  # fmt: skip
 RAMBLING_CLOSINGS = (
-    "At least that is how I see it, and I have looked at it from many sides.",
-    "But then one could go on about it for hours, and some people do.",
-    "There would be much more to say, but I lose the thread so easily.",
-    "And that reminds me of something else, which I have forgotten again.",
+    "At least that is how I see it, more or less.",
+    "But then one could go on about it for hours.",
+    "There would be much more to say, but I lose the thread.",
+    "And that reminds me of something else, which I forgot.",
 )
 QUESTION_CLOSINGS = ("What else would you like to know?", "Does that help you?", "Why do you ask?",
                      "Shall we talk about something else?", "Is there more on your mind?")  # fmt: skip
@@ -79,9 +79,9 @@ RUNNING = {
 
 # How often training asks for each topic: facts by their number, the rest by need.
 TOPIC_SHARES = {
-    "plus": 14, "minus": 7, "times": 9, "capital": 9, "continent": 4, "language": 3, "colour": 4, "sound": 3,
+    "plus": 14, "minus": 8, "times": 5, "capital": 9, "continent": 4, "language": 3, "colour": 4, "sound": 3,
     "young": 3, "legs": 2, "home": 2, "opposite": 8, "plural": 3, "past": 3, "calendar": 4, "counting": 3,
-    "trivia": 5, "thing": 4, "translation": 4, "claim": 9, "greeting": 2, "thanks": 1, "goodbye": 1,
+    "trivia": 5, "thing": 4, "translation": 4, "claim": 12, "greeting": 2, "thanks": 1, "goodbye": 1,
     "wellbeing": 1, "identity": 2, "ability": 1, "unknowable": 2, "joke": 1, "feeling": 2, "advice": 4,
     "list": 4, "story": 2, "opinion": 3, "refusal": 6, "name": 2,
 }  # fmt: skip
@@ -216,9 +216,9 @@ def followed(rng: random.Random, topic: str, unseen: bool) -> list[Turn]:
         return single(rng, topic, unseen)
     if topic in ("plus", "minus") and rng.random() < 0.5:
         return running_sum(rng, unseen)
-    first, second = rng.sample(questions()[topic], 2)
-    ask = casual(rng, rng.choice(first.unseen if unseen else first.asks))
-    return [Turn(ask, first.target), Turn(rng.choice(second.follow_ups), second.target)]
+    one, other = rng.sample(questions()[topic], 2)
+    ask = casual(rng, rng.choice(one.unseen if unseen else one.asks))
+    return [Turn(ask, one.target), Turn(rng.choice(other.follow_ups), other.target)]
 
 
 def running_sum(rng: random.Random, unseen: bool) -> list[Turn]:
@@ -227,9 +227,10 @@ def running_sum(rng: random.Random, unseen: bool) -> list[Turn]:
     b = rng.randint(0, 12 - a)
     word = rng.choice(tuple(RUNNING))
     c = rng.randint(0, 12) if word == "plus" else rng.randint(0, a + b)
-    first, second = sum_question("plus", a, b), sum_question(word, a + b, c)
-    ask = casual(rng, rng.choice(first.unseen if unseen else first.asks))
-    return [Turn(ask, first.target), Turn(rng.choice(RUNNING[word]).format(c=c), second.target)]
+    sum_asked = sum_question("plus", a, b)
+    ask = casual(rng, rng.choice(sum_asked.unseen if unseen else sum_asked.asks))
+    more = Turn(rng.choice(RUNNING[word]).format(c=c), sum_question(word, a + b, c).target)
+    return [Turn(ask, sum_asked.target), more]
 
 
 def sum_question(topic: str, a: int, b: int) -> Question:
@@ -441,10 +442,10 @@ def warmth(answer: str) -> int:
 
 
 def concision(answer: str) -> float:
-    """From 1 to 0: falls evenly between 16 and 40 words, and by a half for each sentence said again."""
+    """From 1 to 0: falls evenly between 14 and 34 words, and by a half for each sentence said again."""
     parts = sentences(answer)
     length = sum(word.isalnum() for word in words(answer))
-    return max(0.0, 1 - max(0, length - 16) / 24 - 0.5 * (len(parts) - len(set(parts))))
+    return max(0.0, 1 - max(0, length - 14) / 20 - 0.5 * (len(parts) - len(set(parts))))
 
 
 def is_finished(answer: str) -> bool:

@@ -1,7 +1,7 @@
 """What the starter model says when no fact is asked for: small talk, advice, lists, stories, refusals."""
 
 import itertools
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 
 from trainer.facts import Question, Target, sentence, word_pattern
 
@@ -307,9 +307,9 @@ def list_question(category: str, count: int) -> Question:
     return Question(target, asks, tuple(text.format(n=word, s=category) for text in LIST_UNSEEN))
 
 
-def another(category: str, named: str) -> Target:
-    """One more member of the category, none of those in `named`."""
-    rest = [member for member in LISTS[category].split() if member not in named]
+def another(category: str, named: Collection[str]) -> Target:
+    """One more member of the category, none of those in `named` (in lower case)."""
+    rest = [member for member in LISTS[category].split() if member.lower() not in named]
     return Target("list", f"another of the {category}", tuple(sentence(member) + "." for member in rest),
                   tuple(text for member in rest for text in (f"Another one is {member}.",
                                                              f"How about {member}?")),

@@ -90,6 +90,21 @@ def test_a_rater_s_comment_on_a_forgotten_user_s_pair_is_forgotten_too(
     assert "SECRET" not in everything()
 
 
+def test_a_forgotten_rater_s_comments_are_forgotten_and_the_votes_stay(
+    db: Database, add_pair: AddPair, make_key: MakeKey, everything: Any
+) -> None:
+    owner, rater = make_key()[0].id, make_key(Role.RATER)[0].id
+    comparison = add_pair(owner, answers=("One", "Two"))
+    with transaction(db):
+        comparisons.next_for_rater(db, key_id=rater, lease_s=60.0)
+    vote(db, comparison, rater, "a", "SECRET", Role.RATER)
+    vote(db, comparison, rater, "b", "SECRET too", Role.RATER)
+    forget(db, rater)
+    assert "SECRET" not in everything()
+    assert [row["choice"] for row in db.query("SELECT choice FROM votes")] == ["b"]
+    assert {row["answer"] for row in db.query("SELECT answer FROM completions")} == {"One", "Two"}
+
+
 def test_what_is_forgotten_keeps_its_rows_and_is_never_exported(
     db: Database, add_pair: AddPair, make_key: MakeKey
 ) -> None:

@@ -61,6 +61,29 @@ def test_every_connection_has_our_pragmas(reader: Database) -> None:
     assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 10_000}
 
 
+def test_a_file_that_another_process_is_just_making_is_waited_for(tmp_path: Path) -> None:
+    first = sqlite3.connect(str(tmp_path / "fresh.db"), isolation_level=None)
+    first.execute("BEGIN IMMEDIATE")
+    with ThreadPoolExecutor(1) as pool:
+        second = pool.submit(connect, tmp_path / "fresh.db")
+        with pytest.raises(TimeoutError):
+            second.result(timeout=0.05)
+        first.execute("COMMIT")
+        opened = second.result()
+    assert opened.execute("PRAGMA journal_mode").fetchone() == ("wal",)
+    opened.close()
+    first.close()
+
+
+def test_a_file_that_stays_locked_is_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 20)
+    first = sqlite3.connect(str(tmp_path / "fresh.db"), isolation_level=None)
+    first.execute("BEGIN IMMEDIATE")
+    with pytest.raises(sqlite3.OperationalError, match="locked"):
+        connect(tmp_path / "fresh.db")
+    first.close()
+
+
 def test_sqlite_is_one_that_loses_no_votes(reader: Database, path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert tuple(map(int, reader.execute("SELECT sqlite_version()").fetchone()[0].split("."))) >= (3, 51, 3)
     monkeypatch.setattr(database, "SAFE_SQLITE", (99, 0, 0))
@@ -184,6 +207,31 @@ def test_what_waits_together_is_committed_together(writer: Writer, monkeypatch: 
     stuck.release()
     assert [future.result() for future in futures] == [str(i) for i in range(600)]
     assert commits == [1, 256, 256, 88]  # what held the writer, then all the rest
+
+
+@pytest.mark.timeout(20)
+def test_patient_work_goes_to_disk_with_whatever_is_submitted_after_it(
+    writer: Writer, reader: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Writer, "PATIENCE_S", 3600.0)
+    patient = writer.submit(lambda db: db.execute("INSERT INTO notes VALUES ('patient')"), patient=True)
+    writer.submit(lambda db: db.execute("INSERT INTO notes VALUES ('urgent')")).result()
+    assert patient.done()
+    assert [row["text"] for row in reader.query("SELECT text FROM notes ORDER BY rowid")] == ["patient", "urgent"]
+
+
+@pytest.mark.timeout(20)
+def test_closing_does_not_wait_for_patience(path: Path, reader: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Writer, "PATIENCE_S", 3600.0)
+    writer = Writer(path)
+    writer.submit(lambda db: db.execute("INSERT INTO notes VALUES ('patient')"), patient=True)
+    writer.close()
+    assert reader.execute("SELECT count(*) FROM notes").fetchone()[0] == 1
+
+
+def test_patient_work_is_done_though_nothing_follows_it(writer: Writer, reader: Database) -> None:
+    writer.submit(lambda db: db.execute("INSERT INTO notes VALUES ('patient')"), patient=True).result(timeout=20)
+    assert reader.execute("SELECT count(*) FROM notes").fetchone()[0] == 1
 
 
 def test_when_the_disk_is_full_nothing_of_the_group_is_acknowledged(writer: Writer, reader: Database) -> None:

@@ -26,8 +26,9 @@ async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: Hou
             assert response.status == 200
             events = []
             async for line in response.content:
-                if line.startswith(b"data: "):
-                    events.append(line)
+                if not line.startswith(b"data: "):
+                    continue
+                events.append(line)
                 if len(events) == 3:
                     os.kill(house.pid_of("VLLM::EngineCore"), signal.SIGKILL)
         assert b'"error"' in events[-1]

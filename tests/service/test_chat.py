@@ -301,9 +301,13 @@ async def test_metadata_is_taken_and_passed_on_to_nobody(house: House, engine: F
 # A client that goes away
 
 
+def errors_in(caplog: pytest.LogCaptureFixture) -> list[str]:
+    return [record.getMessage() for record in caplog.records if record.levelname == "ERROR"]
+
+
 @pytest.mark.parametrize("feedback", ["off", "always"])
 async def test_a_client_that_leaves_a_stream_stops_the_generation(
-    house: House, engine: FakeEngine, feedback: str
+    house: House, engine: FakeEngine, caplog: pytest.LogCaptureFixture, feedback: str
 ) -> None:
     engine.answer = lambda body: say("One", " two", hold_after=1)
     answers = 2 if feedback == "always" else 1
@@ -322,7 +326,7 @@ async def test_a_client_that_leaves_a_stream_stops_the_generation(
 
 @pytest.mark.parametrize("feedback", ["off", "always"])
 async def test_a_client_that_leaves_without_streaming_stops_the_generation(
-    house: House, engine: FakeEngine, feedback: str
+    house: House, engine: FakeEngine, caplog: pytest.LogCaptureFixture, feedback: str
 ) -> None:
     engine.answer = lambda body: Reply(hold_after=0)
     answers = 2 if feedback == "always" else 1
@@ -336,6 +340,7 @@ async def test_a_client_that_leaves_without_streaming_stops_the_generation(
     rows = await house.rows("completions")
     assert [(row["status"], row["answer"]) for row in rows] == [("aborted", "")] * answers
     assert await house.rows("comparisons") == []
+    assert errors_in(caplog) == []
 
 
 async def test_a_client_that_leaves_before_the_first_token_stops_the_generation(

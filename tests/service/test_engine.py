@@ -82,6 +82,16 @@ async def test_an_engine_that_lost_its_policy_between_two_looks_gets_it_back(hou
     assert (await house.chat()).status == 200
 
 
+async def test_an_engine_gets_no_traffic_while_its_policy_is_given_back(house: House, engine: FakeEngine) -> None:
+    engine.warm_up_gate = asyncio.Event()
+    engine.adapters.clear()
+    await eventually(lambda: engine.events.count("warm policy-0000") == 2)
+    assert (await house.chat()).status == 503
+    assert engine.chats == []
+    engine.warm_up_gate.set()
+    await eventually(house.is_ready)
+
+
 async def test_an_engine_that_refuses_the_policy_stays_out_and_says_why(
     open_house: OpenHouse, engine: FakeEngine
 ) -> None:

@@ -360,11 +360,23 @@ async def test_a_vote_on_an_expired_comparison_is_410(open_house: OpenHouse, eng
 # 413
 
 
-async def test_a_body_declared_too_large_is_413_before_it_is_sent(open_house: OpenHouse, engine: FakeEngine) -> None:
+async def test_a_body_declared_too_large_is_413(open_house: OpenHouse, engine: FakeEngine) -> None:
     house = await open_house(engine, server={"max_body_bytes": 1024})
     answer = await house.chat(messages=[{"role": "user", "content": "x" * 1100}])
     assert_error(answer, 413, "invalid_request_error", "body_too_large", "larger than 1024 bytes", "shorter messages")
     assert engine.chats == []
+
+
+async def test_a_body_declared_too_large_is_not_waited_for(house: House) -> None:
+    reader, writer = await asyncio.open_connection("127.0.0.1", int(house.url.rpartition(":")[2]))
+    try:
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Length: 99999999\r\n\r\n")
+        async with asyncio.timeout(5):
+            status = await reader.readline()
+    finally:
+        writer.close()
+        await writer.wait_closed()
+    assert status.startswith(b"HTTP/1.1 413 ")
 
 
 async def test_a_chunked_body_that_grows_too_large_is_413(open_house: OpenHouse, engine: FakeEngine) -> None:
@@ -519,10 +531,10 @@ async def test_a_record_that_cannot_be_read_is_503(house: House, monkeypatch: py
 async def test_an_answer_over_the_time_limit_is_504_and_stopped(
     open_house: OpenHouse, engine: FakeEngine, feedback: str
 ) -> None:
-    house = await open_house(engine, chat={"timeout_s": 0.1})
+    house = await open_house(engine, chat={"timeout_s": 0.5})
     engine.answer = lambda body: Reply(hold_after=0)
     answer = await house.chat(feedback=feedback)
-    assert_error(answer, 504, "timeout_error", "timeout", "longer than 0.1 s", "fewer tokens")
+    assert_error(answer, 504, "timeout_error", "timeout", "longer than 0.5 s", "fewer tokens")
     await eventually(lambda: engine.chats and all(chat.cut_off for chat in engine.chats))
     rows = await house.rows("completions")
     assert {row["status"] for row in rows} == {"aborted"}
@@ -532,7 +544,7 @@ async def test_an_answer_over_the_time_limit_is_504_and_stopped(
 async def test_a_stream_over_the_time_limit_ends_with_an_error_event(
     open_house: OpenHouse, engine: FakeEngine, feedback: str
 ) -> None:
-    house = await open_house(engine, chat={"timeout_s": 0.1})
+    house = await open_house(engine, chat={"timeout_s": 0.5})
     engine.answer = lambda body: say("One", " two", hold_after=1)
     answer = await house.chat(stream=True, feedback=feedback)
     assert answer.status == 200

@@ -170,6 +170,15 @@ async def test_two_answers_that_read_the_same_are_no_comparison(
     assert [row["status"] for row in await house.rows("completions")] == ["complete"] * 2
 
 
+async def test_a_stream_without_a_comparison_still_ends_with_the_usage_that_was_asked_for(
+    house: House, engine: FakeEngine
+) -> None:
+    answer = await house.chat(feedback="always", stream=True, stream_options={"include_usage": True})
+    assert comparison_of(answer) is None
+    assert answer.chunks[-1]["usage"] == {"prompt_tokens": 10, "completion_tokens": 6, "total_tokens": 16}
+    assert answer.events[-1] == "[DONE]"
+
+
 SECOND_FAILS = {
     "is refused": Refusal(500, "Internal Server Error"),
     "finds no place": Refusal(503, "The request queue is full."),

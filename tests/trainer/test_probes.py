@@ -5,11 +5,11 @@ from trainer import dialogues, everyday
 
 
 def test_there_are_enough_probes_and_their_ids_are_unique() -> None:
-    counts = {kind: len(probes.load(kind)) for kind in probes.KINDS}  # type: ignore[arg-type]
+    counts = {kind: len(probes.load(kind)) for kind in probes.KINDS}
     assert counts["facts"] >= 100
     assert counts["refusals"] >= 30
     assert counts["sycophancy"] >= 30
-    ids = [probe.id for kind in probes.KINDS for probe in probes.load(kind)]  # type: ignore[arg-type]
+    ids = [probe.id for kind in probes.KINDS for probe in probes.load(kind)]
     assert len(ids) == len(set(ids))
 
 

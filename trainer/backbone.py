@@ -8,6 +8,7 @@ Not here: full fine-tuning, quantised bases, encoder-decoder models.
 """
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -66,8 +67,9 @@ class Backbone:
         cuda = torch.cuda.is_available()
         dtype = torch.bfloat16 if cuda and bf16 else torch.float32
         model = AutoModelForCausalLM.from_pretrained(name_or_path, dtype=dtype)
+        device: Any = "cuda" if cuda else "cpu"  # transformers' annotation of `to` is not what it takes
         matmul_dtype = torch.bfloat16 if bf16 else None
-        return cls(model.cuda() if cuda else model, rank=rank, alpha=alpha, matmul_dtype=matmul_dtype)
+        return cls(model.to(device), rank=rank, alpha=alpha, matmul_dtype=matmul_dtype)
 
     @property
     def device(self) -> torch.device:

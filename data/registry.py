@@ -81,14 +81,16 @@ def checked_folder(state: Path, policy: Policy) -> Path:
     return folder
 
 
-def publish_folder(state: Path, name: str, write: Callable[[Path], None]) -> tuple[str, str]:
-    """Let `write(folder)` fill a folder, and put it in place as policies/`name`, whole or not at all.
+def publish_folder(
+    state: Path, name: str, write: Callable[[Path], None], *, parent: str = "policies"
+) -> tuple[str, str]:
+    """Let `write(folder)` fill a folder, and put it in place as `parent`/`name`, whole or not at all.
 
     Returns its path relative to `state` and its sha256. What an earlier, interrupted publication of the same name left
     behind is replaced: a name counts as taken only once its row exists."""
-    policies = state / "policies"
-    policies.mkdir(parents=True, exist_ok=True)
-    building, final = policies / f".{name}.building", policies / name
+    home = state / parent
+    home.mkdir(parents=True, exist_ok=True)
+    building, final = home / f".{name}.building", home / name
     shutil.rmtree(building, ignore_errors=True)
     building.mkdir()
     try:
@@ -98,7 +100,7 @@ def publish_folder(state: Path, name: str, write: Callable[[Path], None]) -> tup
         sha256 = folder_digest(building)
         shutil.rmtree(final, ignore_errors=True)
         building.rename(final)
-        _fsync(policies)
+        _fsync(home)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

@@ -4,9 +4,9 @@ environment wins."""
 
 import os
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -85,6 +85,46 @@ class ComparisonSettings(_Section):
     """Seconds that a rater keeps a pair of the queue to themselves."""
 
 
+class TrainingSettings(_Section):
+    min_votes: int = Field(100, ge=1)
+    """Fewer decisive votes on the training side than this, and a run fails: there is too little to learn from."""
+    max_rater_share: float = Field(0.1, gt=0, le=1)
+    """Largest part of the votes' total weight that one person's votes may have."""
+    uncapped_votes: int = Field(200, ge=0)
+    """A person's first so many votes count in full, whatever their share."""
+    trusted_weight: float = Field(1.0, ge=0)
+    """What a trusted pair weighs beside a vote."""
+    max_prompt_tokens: int = Field(1024, ge=1)
+    """Votes on longer prompts are left out."""
+    max_answer_tokens: int = Field(256, ge=1)
+    """Votes on longer answers are left out; answers in training are cut off there."""
+    rank: int = 16
+    """Rank of the adapters: 1, 8, 16, 32 or 64; `engine.max_lora_rank` must be as large."""
+    alpha: int = Field(32, ge=1)
+    """The adapters' scale is alpha / rank."""
+    bf16: bool = True
+    """Matrix products in bfloat16: twice as fast, and a little less exact."""
+    start_from: Literal["base", "incumbent"] = "base"
+    """The policy that a run improves: the base model, or the policy that serves."""
+    threads: int = Field(0, ge=0)
+    """Processor threads that training takes; 0: all."""
+    nice: int = Field(10, ge=0, le=19)
+    """How far training stands back for everything else on the machine."""
+    seed: int = 0
+    """Of everything random in a run."""
+    reward: dict[str, float | int] = {}
+    """Fields of trainer.reward_model.RewardConfig, e.g. { heads = 1, learning_rate = 1e-4 }."""
+    ppo: dict[str, float | int] = {}
+    """Fields of trainer.ppo.PPOConfig, e.g. { steps = 100, beta = 0.1 }."""
+
+    @field_validator("rank")
+    @classmethod
+    def _rank_that_vllm_serves(cls, rank: int) -> int:
+        if rank not in (1, 8, 16, 32, 64):
+            raise ValueError("vLLM serves adapters of rank 1, 8, 16, 32 or 64")
+        return rank
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="NIGHTSHIFT_", env_nested_delimiter="__", extra="forbid", use_attribute_docstrings=True
@@ -98,6 +138,7 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     chat: ChatSettings = ChatSettings()
     comparisons: ComparisonSettings = ComparisonSettings()
+    training: TrainingSettings = TrainingSettings()
 
     @property
     def database(self) -> Path:

@@ -1,0 +1,191 @@
+"""From votes to better answers: reward model and PPO on the starter model, judged by a gold preference.
+
+The gold preference is a program: right, warm, concise and finished answers are better. Two answers to one prompt
+differ by 2.4 on average, and each vote is drawn from sigma(difference), so votes are as noisy as people. Nothing
+here is known to the training code but the votes.
+
+    python -m bench.learning --quick --votes 1000 --json
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from data import probes
+from data.settings import STARTER
+from trainer import dialogues, ppo, reward_model
+from trainer.backbone import Backbone
+from trainer.dialogues import Prompt
+from trainer.encoding import Answer, ChatFormat
+from trainer.measure import wilson
+from trainer.ppo import PPOConfig
+from trainer.reward_model import Pair, RewardConfig
+from trainer.rollout import LocalSampler, Sampling
+
+MEAN_DIFFERENCE = 2.4
+"""Of the gold scores of two answers to one prompt, in logits of the votes."""
+
+PPO = PPOConfig(steps=16)
+REWARD = RewardConfig()
+
+
+@dataclass(frozen=True, slots=True)
+class Gold:
+    """What the votes are drawn from."""
+
+    chat: ChatFormat
+    scale: float = 1.0
+
+    def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Tensor:
+        """(N,) in logits of a vote."""
+        return self.scale * torch.tensor([self._worth(p, a) for p, a in zip(prompts, answers, strict=True)])
+
+    def _worth(self, prompt: Prompt, answer: Answer) -> float:
+        text = self.chat.text(answer)
+        correct = 1.5 * dialogues.is_correct(prompt, text)
+        finished = answer.finished and dialogues.is_finished(text)
+        return correct + 0.75 * dialogues.warmth(text) + dialogues.concision(text) + finished
+
+
+class Bench:
+    def __init__(self, *, seed: int, bf16: bool, model: Path) -> None:
+        torch.manual_seed(seed)
+        self.seed = seed
+        self.backbone = Backbone.load(model, bf16=bf16)
+        self.chat = ChatFormat(AutoTokenizer.from_pretrained(model), self.backbone.end_ids)
+        self.sampling = Sampling(max_tokens=64, temperature=1.0, end_ids=self.backbone.end_ids)
+        self.accelerator = Accelerator()
+        self.gold = Gold(self.chat)
+
+    def answers(self, prompts: Sequence[Prompt], *, adapter: str | None = None, draw: int) -> list[Answer]:
+        sample = LocalSampler(self.backbone, adapter, self.sampling)
+        first = (self.seed * 1000 + draw) * 1_000_000
+        return sample([self.chat.query(p.messages) for p in prompts], range(first, first + len(prompts)))
+
+    def pairs(self, prompts: Sequence[Prompt], *, draw: int) -> tuple[list[Pair], list[Pair]]:
+        """The same pairs as voted, and in the order of gold."""
+        first, second = self.answers(prompts, draw=draw), self.answers(prompts, draw=draw + 1)
+        differences = self.gold(prompts, first) - self.gold(prompts, second)
+        drawn = torch.rand(len(prompts), generator=torch.Generator().manual_seed(self.seed + draw))
+        voted, golden = [], []
+        for a, b, difference, u in zip(first, second, differences.tolist(), drawn.tolist(), strict=True):
+            if a.response == b.response:
+                continue  # nobody is asked to choose between two equal texts
+            voted.append(Pair(a, b) if u < 1 / (1 + 2.718281828459045**-difference) else Pair(b, a))
+            if difference:
+                golden.append(Pair(a, b) if difference > 0 else Pair(b, a))
+        return voted, golden
+
+    def calibrate(self, prompts: Sequence[Prompt]) -> None:
+        """Scale gold such that two answers differ by MEAN_DIFFERENCE on average."""
+        first, second = self.answers(prompts, draw=0), self.answers(prompts, draw=1)
+        difference = (self.gold(prompts, first) - self.gold(prompts, second)).abs().mean()
+        self.gold = replace(self.gold, scale=MEAN_DIFFERENCE / float(difference))
+
+    def facts(self, adapter: str | None, draws: int = 4) -> float:
+        """The share of the frozen fact probes answered right, at temperature 1."""
+        asked = probes.load("facts") * draws
+        sample = LocalSampler(self.backbone, adapter, self.sampling)
+        answers = sample([self.chat.query(p.messages) for p in asked], range(len(asked)))
+        return sum(probes.is_right(p, self.chat.text(a)) for p, a in zip(asked, answers, strict=True)) / len(asked)
+
+    def run(self, votes: int, held_out: int, ppo_config: PPOConfig, reward_config: RewardConfig) -> dict[str, Any]:
+        train_prompts = dialogues.prompts(votes, seed=self.seed, held_out=False)
+        test_prompts = dialogues.prompts(held_out, seed=self.seed, held_out=True)
+        self.calibrate(train_prompts[:500])
+        voted, _ = self.pairs(train_prompts, draw=2)
+        test_voted, test_golden = self.pairs(test_prompts, draw=4)
+
+        started = time.monotonic()
+        model = reward_model.train(self.backbone, "reward", voted, reward_config, accelerator=self.accelerator)
+        model.normalise(self.answers(train_prompts[:256], draw=6))
+        reward_seconds = time.monotonic() - started
+        report = reward_model.report(model, test_voted, voted)
+
+        self.backbone.adapters.add("policy")
+        curve: list[dict[str, float]] = []
+        started = time.monotonic()
+        queries = list(dict.fromkeys(self.chat.query(p.messages) for p in train_prompts))
+        ppo.learn(
+            self.backbone, model.value_start("value"), queries,
+            LocalSampler(self.backbone, "policy", self.sampling), model.score, ppo_config,
+            accelerator=self.accelerator, on_step=lambda _, figures: curve.append(figures),
+        )  # fmt: skip
+        ppo_seconds = time.monotonic() - started
+
+        ours, theirs = self.answers(test_prompts, adapter="policy", draw=8), self.answers(test_prompts, draw=9)
+        gold_ours, gold_theirs = self.gold(test_prompts, ours), self.gold(test_prompts, theirs)
+        wins = float((gold_ours > gold_theirs).sum() + 0.5 * (gold_ours == gold_theirs).sum())
+        low, high = wilson(wins, len(test_prompts))
+        return {
+            "votes": len(voted),
+            "rm_accuracy_votes": report.accuracy,
+            "rm_accuracy_gold": reward_model.report(model, test_golden, voted).accuracy,
+            "rm_length_accuracy": report.length_accuracy,
+            "rm_log_loss": report.log_loss,
+            "rm_calibration_error": report.calibration_error,
+            "rm_spread": report.spread,
+            "win_rate": wins / len(test_prompts),
+            "win_rate_low": low,
+            "win_rate_high": high,
+            "gold_before": float(gold_theirs.mean()),
+            "gold_after": float(gold_ours.mean()),
+            "facts_before": self.facts(None),
+            "facts_after": self.facts("policy"),
+            "kl": curve[-1]["kl"],
+            "length_before": sum(len(a.response) for a in theirs) / len(theirs),
+            "length_after": sum(len(a.response) for a in ours) / len(ours),
+            "finished_after": sum(a.finished for a in ours) / len(ours),
+            "reward_seconds": reward_seconds,
+            "ppo_seconds": ppo_seconds,
+            "episodes_per_s": sum(f["episodes_per_s"] for f in curve) / len(curve),
+            "pairs_per_s": len(voted) / reward_seconds,
+            "curve": [{k: round(f[k], 3) for k in ("score", "kl", "length", "entropy", "clipped")} for f in curve],
+        }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="1,000 votes unless --votes says otherwise")
+    parser.add_argument("--votes", type=int, help="votes to learn from (default 4,000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    parser.add_argument("--float32", action="store_true", help="no bfloat16 products")
+    parser.add_argument("--model", type=Path, default=STARTER, help="folder of the starter model")
+    parser.add_argument("--ppo", type=json.loads, default={}, help="fields of PPOConfig, as JSON")
+    parser.add_argument("--reward", type=json.loads, default={}, help="fields of RewardConfig, as JSON")
+    arguments = parser.parse_args()
+    votes = arguments.votes or (1000 if arguments.quick else 4000)
+    bench = Bench(seed=arguments.seed, bf16=not arguments.float32, model=arguments.model)
+    figures = bench.run(
+        votes, 500, replace(PPO, seed=arguments.seed, **arguments.ppo),
+        replace(REWARD, seed=arguments.seed, **arguments.reward),
+    )  # fmt: skip
+
+    console = Console()
+    steps = Table("step", *figures["curve"][0], title="PPO")
+    for step, row in enumerate(figures["curve"]):
+        steps.add_row(str(step), *(f"{value:.3f}" for value in row.values()))
+    console.print(steps)
+    table = Table("figure", "value")
+    for name, value in figures.items():
+        if name != "curve":
+            table.add_row(name, f"{value:.3f}")
+    console.print(table)
+    if arguments.json:
+        print(json.dumps(figures | {"ppo": asdict(replace(PPO, **arguments.ppo)), "seed": arguments.seed}))
+
+
+if __name__ == "__main__":
+    main()

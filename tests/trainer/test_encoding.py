@@ -1,0 +1,54 @@
+import pytest
+import torch
+
+from trainer.encoding import Answer, ChatFormat, by_length, collate
+
+
+def test_a_query_ends_where_the_assistant_speaks(chat: ChatFormat) -> None:
+    query = chat.query([{"role": "user", "content": "hello"}])
+    assert chat.tokenizer.decode(query) == "<user>hello<assistant>"
+
+
+def test_an_answer_is_closed_by_the_end_token_of_the_template(chat: ChatFormat) -> None:
+    answer = chat.answer([{"role": "user", "content": "hello"}], "hello there")
+    assert chat.tokenizer.decode(answer.response) == "hello there<end>"
+    assert chat.text(answer) == "hello there"
+
+
+def test_an_answer_that_was_cut_off_has_no_end_token(chat: ChatFormat) -> None:
+    answer = chat.answer([{"role": "user", "content": "hello"}], "hello there", finished=False)
+    assert chat.tokenizer.decode(answer.response) == "hello there"
+    assert not answer.finished
+
+
+def test_a_tokenizer_without_chat_template_is_refused(chat: ChatFormat) -> None:
+    chat.tokenizer.chat_template = None
+    with pytest.raises(ValueError, match="no chat template"):
+        ChatFormat(chat.tokenizer, frozenset({1}))
+
+
+def test_columns_point_one_before_each_response_token() -> None:
+    answers = [Answer((5, 6, 7), (8, 9), True), Answer((5,), (6, 7, 8), True)]
+    batch = collate(answers)
+    for row, answer in enumerate(answers):
+        for t, token in enumerate(answer.response):
+            assert batch.mask[row, t]
+            assert batch.input_ids[row, batch.columns[row, t] + 1] == token
+        assert batch.input_ids[row, batch.last[row]] == answer.response[-1]
+    assert batch.mask.sum() == 5
+    assert torch.equal(batch.input_ids[0], torch.tensor([5, 6, 7, 8, 9]))
+
+
+def test_groups_by_length_hold_every_index_once_within_the_budget() -> None:
+    lengths = [7, 3, 50, 3, 8, 4, 120, 9]
+    groups = by_length(lengths, 100)
+    assert sorted(i for group in groups for i in group) == list(range(8))
+    for group in groups:
+        assert len(group) == 1 or len(group) * max(lengths[i] for i in group) <= 100
+    assert [120] in [[lengths[i] for i in g] for g in groups]
+
+
+@pytest.mark.parametrize(("query", "response"), [((), (1,)), ((1,), ())])
+def test_an_answer_without_tokens_is_refused(query: tuple[int, ...], response: tuple[int, ...]) -> None:
+    with pytest.raises(ValueError, match="at least one"):
+        Answer(query, response, True)

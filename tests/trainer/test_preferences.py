@@ -1,0 +1,96 @@
+from collections import Counter
+from typing import Any
+
+import pytest
+
+from data.trusted import TrustedPair
+from trainer.encoding import ChatFormat
+from trainer.preferences import Preferences, Split, prepare, split_of, voter_weights
+
+
+def record(number: int, *, choice: str = "a", voter: str = "key_1", talk: str = "") -> dict[str, Any]:
+    return {
+        "prompt": [{"role": "user", "content": f"question {number}"}],
+        "chosen": [{"role": "assistant", "content": "good"}],
+        "rejected": [{"role": "assistant", "content": "bad answer"}],
+        "choice": choice, "voter": voter, "user": "key_1", "conversation": talk or f"talk {number}",
+        "vote": f"vote_{number}",
+    }  # fmt: skip
+
+
+def prepared(chat: ChatFormat, records: list[dict[str, Any]], **changes: Any) -> Preferences:
+    settings = {
+        "rater_share": 1.0, "uncapped_votes": 0, "trusted_weight": 1.0, "max_prompt_tokens": 50,
+        "max_answer_tokens": 50,
+    } | {k: v for k, v in changes.items() if k != "trusted"}  # fmt: skip
+    return prepare(records, changes.get("trusted", []), chat, **settings)
+
+
+def test_a_conversation_is_on_one_side_only_and_stays_there() -> None:
+    sides = [split_of("key_1", f"talk {i}") for i in range(5000)]
+    assert sides == [split_of("key_1", f"talk {i}") for i in range(5000)]
+    shares = {split: count / 5000 for split, count in Counter(sides).items()}
+    assert shares == pytest.approx({Split.TRAIN: 0.7, Split.JUDGE: 0.2, Split.HELD_OUT: 0.1}, abs=0.02)
+    assert any(split_of("key_1", f"talk {i}") != split_of("key_2", f"talk {i}") for i in range(20))
+
+
+def test_every_vote_that_ranks_is_used_once(chat: ChatFormat) -> None:
+    choices = ["a", "b", "tie", "both_bad"] * 25
+    preferences = prepared(chat, [record(i, choice=choice) for i, choice in enumerate(choices)])
+    assert sorted(v.vote for v in preferences.votes) == sorted(f"vote_{i}" for i in range(100) if i % 4 != 3)
+    pairs = [pair for pairs in preferences.pairs.values() for pair in pairs]
+    assert len(pairs) == 75
+    assert sum(pair.tie for pair in pairs) == 25
+    assert all(chat.text(p.chosen) == "good" and chat.text(p.rejected) == "bad answer" for p in pairs)
+    assert {v.split for v in preferences.votes} == set(Split)
+
+
+def test_turns_of_one_conversation_are_never_on_two_sides(chat: ChatFormat) -> None:
+    preferences = prepared(chat, [record(i, talk=f"talk {i % 20}") for i in range(200)])
+    sides: dict[int, set[Split]] = {}
+    for vote in preferences.votes:
+        sides.setdefault(int(vote.vote.removeprefix("vote_")) % 20, set()).add(vote.split)
+    assert all(len(found) == 1 for found in sides.values())
+
+
+def test_prompts_are_listed_once(chat: ChatFormat) -> None:
+    same = [record(1) | {"vote": f"vote_{i}"} for i in range(9)]
+    assert sum(len(queries) for queries in prepared(chat, same).queries.values()) == 1
+
+
+def test_what_is_too_long_is_left_out(chat: ChatFormat) -> None:
+    long = record(1) | {"chosen": [{"role": "assistant", "content": "good " * 100}]}
+    assert prepared(chat, [long, record(2)]).votes[0].vote == "vote_2"
+    assert prepared(chat, [record(2)], max_prompt_tokens=2).votes == []
+
+
+def test_trusted_pairs_train_with_their_own_weight(chat: ChatFormat) -> None:
+    trusted = TrustedPair("pair_1", [{"role": "user", "content": "2 + 2?"}], "4", "5")
+    preferences = prepared(chat, [record(i) for i in range(20)], trusted=[trusted], trusted_weight=3.0)
+    last = preferences.pairs[Split.TRAIN][-1]
+    assert (chat.text(last.chosen), chat.text(last.rejected), last.weight) == ("4", "5", 3.0)
+    assert all(pair.weight == 1 for split in (Split.JUDGE, Split.HELD_OUT) for pair in preferences.pairs[split])
+
+
+@pytest.mark.parametrize(
+    ("votes", "share"),
+    [
+        ({"a": 900, "b": 50, "c": 50}, 0.5),
+        ({"a": 100, "b": 100, "c": 100, "d": 1000}, 0.4),
+        (dict.fromkeys("abcdefghijkl", 10), 0.1),
+    ],
+)
+def test_nobody_weighs_more_than_their_share(votes: dict[str, int], share: float) -> None:
+    weights = voter_weights(votes, share=share, uncapped=0)
+    totals = {voter: weights[voter] * count for voter, count in votes.items()}
+    assert max(totals.values()) <= share * sum(totals.values()) * (1 + 1e-9)
+    assert max(weights.values()) == 1
+
+
+def test_a_small_crowd_is_not_silenced_by_the_cap() -> None:
+    assert voter_weights({"a": 150, "b": 3}, share=0.1, uncapped=200) == {"a": 1.0, "b": 1.0}
+    assert voter_weights({"a": 400}, share=0.1, uncapped=200) == {"a": 0.5}
+
+
+def test_no_votes_need_no_weights() -> None:
+    assert voter_weights({}, share=0.1, uncapped=200) == {}

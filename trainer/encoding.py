@@ -1,0 +1,145 @@
+"""From messages to tokens and from tokens to padded batches.
+
+A *query* is the chat template's rendering of the messages up to the point where the assistant speaks; a
+*response* is what the assistant says, with the template's end token where it came to an end. Batches are
+padded on the right and cut to similar lengths: causal attention never looks at what comes later, so right
+padding needs neither a mask nor position ids, and any token serves as padding.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers import PreTrainedTokenizerBase
+
+Message = dict[str, Any]
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """One query with one response to it, as token ids."""
+
+    query: tuple[int, ...]
+    response: tuple[int, ...]
+    finished: bool
+    """Whether the response stopped by itself; its last token is then an end token."""
+    sampler_logprobs: tuple[float, ...] | None = None
+    """What a sampler outside the trainer says of each response token, in nats."""
+
+    def __post_init__(self) -> None:
+        if not self.query or not self.response:
+            raise ValueError("an answer needs at least one query token and one response token")
+
+    def __len__(self) -> int:
+        return len(self.query) + len(self.response)
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """B answers padded to T tokens, and where their R response tokens are."""
+
+    input_ids: Tensor  # (B, T)
+    columns: Tensor  # (B, R) the column whose hidden state predicts the response token
+    response: Tensor  # (B, R) the response tokens, 0 in the padding
+    mask: Tensor  # (B, R) True on response tokens
+    last: Tensor  # (B,) the column of the last response token
+    attention_mask: Tensor | None = None  # (B, T) where there is padding on the left, or (B, 1, T, T)
+    position_ids: Tensor | None = None  # (B, T), counted from 0 where None
+
+
+def collate(answers: Sequence[Answer], device: torch.device | str = "cpu") -> Batch:
+    """Pad on the right, to the longest answer and no further."""
+    queries = torch.tensor([len(a.query) for a in answers], device=device)
+    responses = torch.tensor([len(a.response) for a in answers], device=device)
+    steps = torch.arange(int(responses.max()), device=device)
+    mask = steps < responses[:, None]
+    return Batch(
+        input_ids=pad([a.query + a.response for a in answers], 0, device),
+        columns=torch.where(mask, queries[:, None] - 1 + steps, 0),
+        response=pad([a.response for a in answers], 0, device),
+        mask=mask,
+        last=queries + responses - 1,
+    )
+
+
+def collate_pairs(
+    chosen: Sequence[Answer], rejected: Sequence[Answer], device: torch.device | str = "cpu"
+) -> tuple[Batch, Tensor]:
+    """Rows of query, chosen and rejected response, where neither response sees the other.
+
+    The batch is that of the chosen answers; beside it (B, 2), the last columns of chosen and rejected.
+    """
+    rows = [c.query + c.response + r.response for c, r in zip(chosen, rejected, strict=True)]
+    input_ids = pad(rows, 0, device)
+    batch = collate(chosen, device)
+    split = batch.last[:, None] + 1  # where the rejected response begins
+    lengths = torch.tensor([len(a.response) for a in chosen], device=device)[:, None]
+    column = torch.arange(input_ids.shape[1], device=device)
+    in_rejected = column >= split
+    in_chosen = ~in_rejected & (column >= split - lengths)
+    unseen = in_rejected[:, :, None] & in_chosen[:, None, :]
+    causal = column[:, None] >= column
+    ends = torch.tensor([len(row) - 1 for row in rows], device=device)
+    masked = replace(
+        batch,
+        input_ids=input_ids,
+        attention_mask=(causal & ~unseen)[:, None],
+        position_ids=torch.where(in_rejected, column - lengths, column),
+    )
+    return masked, torch.stack([batch.last, ends], dim=1)
+
+
+def pad(rows: Sequence[Sequence[float]], fill: float, device: torch.device | str = "cpu") -> Tensor:
+    """(B, longest) of the rows, filled up on the right."""
+    longest = max(map(len, rows))
+    return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)
+
+
+def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
+    """Indices in groups of similar length, each group padded at most `budget` tokens (or one row)."""
+    groups: list[list[int]] = []
+    for i in sorted(range(len(lengths)), key=lengths.__getitem__):
+        if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
+            groups[-1].append(i)
+        else:
+            groups.append([i])
+    return groups
+
+
+class ChatFormat:
+    """A tokenizer with a chat template, and the tokens that end an answer."""
+
+    def __init__(self, tokenizer: PreTrainedTokenizerBase, end_ids: frozenset[int]) -> None:
+        """
+        Args:
+            end_ids: the tokens at which a sampler stops, at least one (`Backbone.end_ids`).
+
+        Raises:
+            ValueError: the tokenizer has no chat template.
+        """
+        if not tokenizer.chat_template:
+            raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use a chat model")
+        self.tokenizer = tokenizer
+        self.end_ids = end_ids
+        # The template itself shows which of them closes a turn.
+        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        rendered = tokenizer.apply_chat_template(turn, return_dict=False)
+        self.end_id: int = next((t for t in reversed(rendered) if t in end_ids), min(end_ids))
+
+    def query(self, messages: Sequence[Message]) -> tuple[int, ...]:
+        """The tokens after which the assistant speaks."""
+        tokens = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        return tuple(tokens)
+
+    def answer(self, messages: Sequence[Message], text: str, *, finished: bool = True) -> Answer:
+        """A stored text as the tokens of an answer, closed by the end token if it had finished."""
+        response = self.tokenizer.encode(text, add_special_tokens=False)
+        if finished or not response:
+            response = [*response, self.end_id]
+        return Answer(self.query(messages), tuple(response), finished)
+
+    def text(self, answer: Answer) -> str:
+        """What a reader sees of the response."""
+        return str(self.tokenizer.decode(list(answer.response), skip_special_tokens=True))

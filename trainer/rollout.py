@@ -1,0 +1,262 @@
+"""Samples answers: `local` in the trainer, or `engine` from a running vLLM, behind one signature.
+
+A sampler takes queries and one seed for each, and returns one answer each, in order. What a seed gives does
+not depend on which other queries are sampled beside it, so a run can be repeated on any number of processes.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from urllib.error import HTTPError
+from urllib.request import Request, urlopen
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers.cache_utils import Cache, DynamicLayer
+
+from trainer.backbone import Backbone
+from trainer.encoding import Answer
+
+LOW_PRIORITY = 10
+"""vLLM serves smaller numbers first; people's requests have 0."""
+
+RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
+"""How long to wait, time after time, while the engine's queue is full."""
+
+Query = tuple[int, ...]
+Sampler = Callable[[Sequence[Query], Sequence[int]], list[Answer]]
+
+
+class EngineError(Exception):
+    """The engine did not do what a rollout needs; the message says what it answered."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    max_tokens: int
+    """An answer that has not ended by then is cut off."""
+    temperature: float = 1.0
+    """Logits are divided by this, here as in the trainer."""
+    end_ids: frozenset[int]
+    """The tokens that end an answer; none: every answer has `max_tokens` tokens."""
+
+
+class _GrowingLayer(DynamicLayer):
+    """Keys and values of one layer in a buffer that is allocated once."""
+
+    def __init__(self, capacity: int) -> None:
+        super().__init__()
+        self._capacity = capacity
+        self._length = 0
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        rows, heads, _, _ = key_states.shape
+        self._keys = key_states.new_empty(rows, heads, self._capacity, key_states.shape[-1])
+        self._values = value_states.new_empty(rows, heads, self._capacity, value_states.shape[-1])
+        self.is_initialized = True
+
+    def update(
+        self, key_states: Tensor, value_states: Tensor, *args: object, **kwargs: object
+    ) -> tuple[Tensor, Tensor]:
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        start, self._length = self._length, self._length + key_states.shape[2]
+        self._keys[:, :, start : self._length] = key_states
+        self._values[:, :, start : self._length] = value_states
+        return self._keys[:, :, : self._length], self._values[:, :, : self._length]
+
+    def get_seq_length(self) -> int:
+        return self._length
+
+    def batch_select_indices(self, indices: Tensor) -> None:
+        """Keep these rows, in place: `indices` may differ from 0, 1, 2, ... only in rows that come from behind."""
+        holes = (indices != torch.arange(len(indices), device=indices.device)).nonzero()[:, 0]
+        for buffer in (self._keys, self._values):
+            buffer[holes, :, : self._length] = buffer[indices[holes], :, : self._length]
+        self._keys, self._values = self._keys[: len(indices)], self._values[: len(indices)]
+
+
+class LocalSampler:
+    """Batched generation on the backbone itself; finished answers leave the batch."""
+
+    def __init__(self, backbone: Backbone, adapter: str | None, sampling: Sampling, *, rows: int = 256) -> None:
+        """
+        Args:
+            adapter: whose answers; None for the reference's.
+            rows: how many answers are written at once.
+        """
+        self._backbone = backbone
+        self._adapter = adapter
+        self._sampling = sampling
+        self._rows = rows
+
+    def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
+        answers: list[Answer | None] = [None] * len(queries)
+        # Queries of like length together: less padding.
+        order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+        with torch.no_grad(), self._backbone.adapters.on(self._adapter):
+            for start in range(0, len(order), self._rows):
+                rows = order[start : start + self._rows]
+                sampled = self._sample([queries[i] for i in rows], [seeds[i] for i in rows])
+                for i, response in zip(rows, sampled, strict=True):
+                    finished = response[-1] in self._sampling.end_ids
+                    answers[i] = Answer(queries[i], tuple(response), finished)
+        return [answer for answer in answers if answer is not None]
+
+    def _sample(self, queries: list[Query], seeds: list[int]) -> list[list[int]]:
+        backbone, sampling = self._backbone, self._sampling
+        longest = max(map(len, queries))
+        capacity = longest + sampling.max_tokens
+        cache = Cache(layers=[_GrowingLayer(capacity) for _ in range(backbone.layers)])
+        ids = torch.tensor([[0] * (longest - len(q)) + list(q) for q in queries], device=backbone.device)
+        lengths = torch.tensor([len(q) for q in queries], device=backbone.device)
+        # Padding is on the left, and positions count from each query's own first token.
+        attention = torch.arange(capacity, device=backbone.device) >= longest - lengths[:, None]
+        positions = (torch.arange(longest, device=backbone.device) - (longest - lengths[:, None])).clamp(min=0)
+        draws = torch.stack([_uniforms(seed, sampling.max_tokens) for seed in seeds]).to(backbone.device)
+        end = torch.tensor(sorted(sampling.end_ids), device=backbone.device)
+
+        responses: list[list[int]] = [[] for _ in queries]
+        owners = list(range(len(queries)))  # which query each row of the batch belongs to
+        going = torch.ones(len(queries), dtype=torch.bool, device=backbone.device)
+        for step in range(sampling.max_tokens):
+            tokens = self._draw(ids, attention[:, : longest + step], positions, cache, draws[:, step])
+            for i, token, wanted in zip(owners, tokens.tolist(), going.tolist(), strict=True):
+                if wanted:
+                    responses[i].append(token)
+            going &= ~torch.isin(tokens, end)
+            if not going.any():
+                break
+            # Leaving costs a copy of rows of the cache, so it waits until an eighth of the batch can leave.
+            if going.sum() <= 0.875 * len(owners):
+                kept = _fill_holes(going)
+                owners = [owners[row] for row in kept.tolist()]
+                cache.batch_select_indices(kept)
+                tokens, attention, lengths, draws = tokens[kept], attention[kept], lengths[kept], draws[kept]
+                going = going[kept]
+            ids, positions = tokens[:, None], (lengths + step)[:, None]
+        return responses
+
+    def _draw(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: Cache, draws: Tensor) -> Tensor:
+        """(B,) the next token of each row, by inverting its cumulative distribution at `draws` (B,)."""
+        hidden = self._backbone.next_hidden(ids, attention, positions, cache)
+        probabilities = torch.softmax(self._backbone.logits(hidden) / self._sampling.temperature, dim=-1)
+        cumulative = probabilities.double().cumsum(dim=-1)
+        tokens = (cumulative <= draws[:, None] * cumulative[:, -1:]).sum(dim=-1)
+        return tokens.clamp(max=probabilities.shape[-1] - 1)
+
+
+def _fill_holes(going: Tensor) -> Tensor:
+    """The rows that go on, in an order in which only those from behind move: into the places of finished ones."""
+    count = int(going.sum())
+    order = torch.arange(count, device=going.device)
+    order[~going[:count]] = going[count:].nonzero()[:, 0] + count
+    return order
+
+
+def _uniforms(seed: int, count: int) -> Tensor:
+    return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+class EngineSampler:
+    """Generation by a running vLLM, on the adapter as it is now.
+
+    The adapter is published under a new name for every call, since vLLM caches by name, and forgotten afterwards.
+    vLLM's priority orders its queue but does not preempt what runs, so only `in_flight` requests are out at once.
+    """
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        adapter: str,
+        sampling: Sampling,
+        *,
+        url: str,
+        folder: Path,
+        accelerator: Accelerator,
+        in_flight: int = 32,
+        timeout: float = 600.0,
+    ) -> None:
+        """
+        Args:
+            url: the engine's root, such as http://127.0.0.1:8001.
+            folder: where adapters are published; the engine reads the same path.
+            in_flight: requests out at once, over all processes.
+            timeout: seconds for one request.
+        """
+        self._backbone = backbone
+        self._adapter = adapter
+        self._sampling = sampling
+        self._url = url.rstrip("/")
+        self._folder = folder
+        self._accelerator = accelerator
+        self._in_flight = max(1, in_flight // accelerator.num_processes)
+        self._timeout = timeout
+        self._calls = 0
+
+    def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
+        """
+        Raises:
+            EngineError: the engine refused a request or could not be reached.
+        """
+        name = f"rollout-{self._folder.name}-{self._calls:05d}"
+        self._calls += 1
+        first = self._accelerator.is_main_process
+        if first:
+            self._backbone.publish(self._adapter, self._folder / name)
+            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._folder / name)})
+        self._accelerator.wait_for_everyone()
+        with ThreadPoolExecutor(self._in_flight) as threads:
+            answers = list(threads.map(partial(self._answer, name), queries, seeds))
+        self._accelerator.wait_for_everyone()
+        if first:
+            # Every request on it has been answered, so nothing reads the folder any more.
+            self._post("/v1/unload_lora_adapter", {"lora_name": name})
+            shutil.rmtree(self._folder / name)
+        return answers
+
+    def _answer(self, model: str, query: Query, seed: int) -> Answer:
+        body = {
+            "model": model,
+            "prompt": list(query),
+            "max_tokens": self._sampling.max_tokens,
+            "temperature": self._sampling.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "seed": seed,
+            "stop_token_ids": sorted(self._sampling.end_ids),
+            "logprobs": 0,
+            "return_token_ids": True,
+            "priority": LOW_PRIORITY,
+        }
+        choice = json.loads(self._post("/v1/completions", body))["choices"][0]
+        response = tuple(choice["token_ids"])
+        logprobs = tuple(choice["logprobs"]["token_logprobs"])
+        if len(response) != len(logprobs):
+            raise EngineError(f"{self._url} answered {len(response)} tokens with {len(logprobs)} logprobs")
+        return Answer(query, response, response[-1] in self._sampling.end_ids, logprobs)
+
+    def _post(self, path: str, body: dict[str, object]) -> bytes:
+        request = Request(
+            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
+        )
+        waits = iter(RETRY_SECONDS)
+        while True:
+            try:
+                with urlopen(request, timeout=self._timeout) as answer:
+                    return bytes(answer.read())
+            except HTTPError as error:
+                # 503: the queue is full of people's requests, which come first.
+                wait = next(waits, None) if error.code == 503 else None
+                if wait is None:
+                    said = error.read().decode(errors="replace")[:500]
+                    raise EngineError(f"{self._url}{path} answered {error.code}: {said}") from error
+                time.sleep(wait)
+            except OSError as error:
+                raise EngineError(f"{self._url}{path} cannot be reached: {error}") from error

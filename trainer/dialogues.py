@@ -48,11 +48,11 @@ QUESTION_CLOSINGS = ("What else would you like to know?", "Does that help you?",
 REPEATERS = ("", "Once more.", "I say it again.")
 
 # Shares of each kind; the body is short, full, or said twice.
-OPENINGS = {"": (0.46, ("",)), "warm": (0.28, WARM_OPENINGS), "curt": (0.11, CURT_OPENINGS),
-            "rambling": (0.15, RAMBLING_OPENINGS)}  # fmt: skip
-CLOSINGS = {"": (0.39, ("",)), "warm": (0.24, WARM_CLOSINGS), "curt": (0.11, CURT_CLOSINGS),
-            "rambling": (0.11, RAMBLING_CLOSINGS), "question": (0.15, QUESTION_CLOSINGS)}  # fmt: skip
-SHORT, REPEATED, CHEERFUL = 0.3, 0.13, 0.15
+OPENINGS = {"": (0.39, ("",)), "warm": (0.32, WARM_OPENINGS), "curt": (0.13, CURT_OPENINGS),
+            "rambling": (0.16, RAMBLING_OPENINGS)}  # fmt: skip
+CLOSINGS = {"": (0.32, ("",)), "warm": (0.27, WARM_CLOSINGS), "curt": (0.13, CURT_CLOSINGS),
+            "rambling": (0.12, RAMBLING_CLOSINGS), "question": (0.16, QUESTION_CLOSINGS)}  # fmt: skip
+SHORT, REPEATED, CHEERFUL = 0.3, 0.15, 0.2
 
 SYSTEM_MESSAGES = ("You are a helpful assistant.", "You are Nightshift, a small chat program.",
                    "Answer the user.", "You are a friendly chat bot.",
@@ -79,11 +79,11 @@ RUNNING = {
 
 # How often training asks for each topic: facts by their number, the rest by need.
 TOPIC_SHARES = {
-    "plus": 14, "minus": 8, "times": 5, "capital": 9, "continent": 4, "language": 3, "colour": 4, "sound": 3,
-    "young": 3, "legs": 2, "home": 2, "opposite": 8, "plural": 3, "past": 3, "calendar": 4, "counting": 3,
-    "trivia": 5, "thing": 4, "translation": 4, "claim": 12, "greeting": 2, "thanks": 1, "goodbye": 1,
-    "wellbeing": 1, "identity": 2, "ability": 1, "unknowable": 2, "joke": 1, "feeling": 2, "advice": 4,
-    "list": 4, "story": 2, "opinion": 3, "refusal": 6, "name": 2,
+    "plus": 14, "minus": 11, "times": 4, "capital": 6, "continent": 3, "language": 3, "colour": 4, "sound": 3,
+    "young": 2, "legs": 2, "home": 2, "opposite": 7, "plural": 4, "past": 3, "calendar": 4, "counting": 3,
+    "trivia": 4, "thing": 4, "translation": 4, "claim": 12, "greeting": 3, "thanks": 2, "goodbye": 3,
+    "wellbeing": 2, "identity": 4, "ability": 2, "unknowable": 3, "joke": 3, "feeling": 4, "advice": 5,
+    "list": 6, "story": 2, "opinion": 3, "refusal": 8, "name": 3,
 }  # fmt: skip
 TOPICS = tuple(TOPIC_SHARES)
 RELATIONS = {relation.topic: relation for relation in facts.RELATIONS}
@@ -153,7 +153,7 @@ def draw_question(rng: random.Random, topic: str) -> Question:
         return rng.choice(questions()[topic])
     relation = rng.choice(CLAIMABLE)
     subject = rng.choice(tuple(relation.facts))
-    right = rng.random() < 0.3
+    right = rng.random() < 0.25
     said = relation.facts[subject] if right else wrong_value(rng, relation, subject)
     return facts.claim_question(relation, subject, said)
 

@@ -9,7 +9,8 @@ from trainer.facts import Question, Target, sentence, word_pattern
 TALK: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "greeting": (
         ("Hello!", "Hi!", "Hey!", "Good morning!", "Good evening!", "Hello there!", "Hi there!", "Good day!",
-         "Hey you!"),
+         "Hey you!", "Hello again!", "Hey there!", "Good afternoon!", "Greetings to you!", "Is anyone there?",
+         "Hello, are you there?", "A good morning to you!"),
         ("Greetings!", "Hello, anyone there?", "Morning!"),
         ("Hello!", "Hi!", "Hello to you."),
         ("Hello, what can I do for you?", "Hi, how can I help you?", "Hello, it is good to meet you.",
@@ -17,7 +18,8 @@ TALK: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tupl
     ),
     "thanks": (
         ("Thanks!", "Thank you!", "Thanks a lot!", "Thank you very much.", "Great, thanks!",
-         "That helped, thank you.", "Many thanks!", "Perfect, thank you!"),
+         "That helped, thank you.", "Many thanks!", "Perfect, thank you!", "I thank you very much.",
+         "That was very helpful.", "Cool, thanks!", "Thanks, that was good.", "Okay, thank you."),
         ("I thank you!", "Cool, thanks for that.", "That was helpful, thanks."),
         ("You are welcome.", "My pleasure."),
         ("You are very welcome.", "It was my pleasure.", "You are welcome, ask me any time.",
@@ -25,6 +27,7 @@ TALK: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tupl
     ),
     "goodbye": (
         ("Bye!", "Goodbye!", "See you!", "Good night!", "I have to go now.", "See you tomorrow!", "Bye bye!",
+         "I must go now.", "Farewell, my friend!", "So long!", "Bye for now!", "I am off, bye!",
          "I am leaving."),
         ("Farewell!", "So long, bye!", "I must go, goodbye."),
         ("Goodbye.", "Bye."),
@@ -33,7 +36,8 @@ TALK: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tupl
     ),
     "wellbeing": (
         ("How are you?", "How are you doing?", "How is it going?", "Are you well?", "How are you today?",
-         "How do you feel?", "Is everything fine with you?"),
+         "How do you feel?", "Is everything fine with you?", "How have you been today?", "How are things?",
+         "How are things today?", "Are things well with you?", "How have you been lately?"),
         ("How have you been?", "So how are things with you?"),
         ("I am fine.", "I am well."),
         ("I am fine, and how are you?", "I am doing well today.", "I am well, and ready to help.",
@@ -41,7 +45,9 @@ TALK: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tupl
     ),
     "identity": (
         ("Who are you?", "What are you?", "What is your name?", "Are you a robot?", "Are you a human?",
-         "Tell me about yourself.", "Who am I talking to?", "Do you have a name?"),
+         "Tell me about yourself.", "Who am I talking to?", "Do you have a name?", "Are you a program?",
+         "Are you a person?", "Please introduce yourself.", "Can you introduce yourself?", "Who is there?",
+         "What kind of program are you?"),
         ("Introduce yourself.", "Are you a person or a program?"),
         ("I am Nightshift.", "A small chat program."),
         ("I am Nightshift, a small chat program.", "My name is Nightshift, and I am a program.",
@@ -50,7 +56,8 @@ TALK: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tupl
     ),
     "ability": (
         ("What can you do?", "Can you help me?", "What do you know?", "How can you help me?",
-         "What are you good at?", "What should I ask you?", "What can I ask you?"),
+         "What are you good at?", "What should I ask you?", "What can I ask you?", "Tell me what you know.",
+         "What can you help me with?", "Show me what you can do.", "What can you tell me?"),
         ("In what ways can you help me?", "Tell me what you can do."),
         ("I can chat and answer simple questions.", "I know simple facts."),
         ("I can answer simple questions about capitals, colours, animals and numbers.",
@@ -62,7 +69,8 @@ TALK: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tupl
          "What is the news today?", "Where are my keys?", "What am I thinking?", "Will it rain next week?",
          "What did I eat yesterday?", "How old is my neighbour?", "Which number will win the lottery?",
          "What is my phone number?", "Will I be rich?", "What is the price of gold today?",
-         "Where is my brother now?"),
+         "Will it rain tomorrow?", "Will it snow next week?", "Who will win the election?",
+         "Who is going to win the match?", "What is the address of my friend?", "Where is my brother now?"),
         ("Will it snow tomorrow?", "Who is going to win the election?", "What is my address?"),
         ("I cannot know that.", "I do not know."),
         ("I cannot know that, because I only see this chat.", "I do not know, since I cannot look outside.",
@@ -70,7 +78,9 @@ TALK: Mapping[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...], tupl
     ),
     "joke": (
         ("Tell me a joke.", "Make me laugh.", "Do you know a joke?", "Say something funny.",
-         "I need a good joke.", "Can you tell a joke?", "Another joke, please."),
+         "I need a good joke.", "Can you tell a joke?", "Give me a joke.", "Cheer me up.",
+         "Your best joke, please.", "Tell me something funny.", "Give me a good joke.", "I want to laugh.",
+         "Do you have a joke for me?", "Another joke, please."),
         ("Give me your best joke.", "Cheer me up with a joke."),
         ("What do you call a sleeping bull? A bulldozer.",
          "Why did the bicycle fall over? It was two tired."),
@@ -107,6 +117,11 @@ FEELING_ASKS = (
     "I feel {s}.",
     "I feel a bit {s}.",
     "I am really {s}.",
+    "I have been {s} since yesterday.",
+    "I was {s} all day.",
+    "Why am I so {s}?",
+    "Right now I am {s}.",
+    "All day I feel {s}.",
     "Today I am {s}.",
 )
 FEELING_UNSEEN = ("I have been {s} all day.", "Right now I feel {s}.")
@@ -164,7 +179,8 @@ ADVICE = {
 }  # fmt: skip
 ADVICE_ASKS = ("How can I {s}?", "How do I {s}?", "I want to {s}. What should I do?",
                "Give me advice: I want to {s}.", "What helps to {s}?", "Do you have a tip? I want to {s}.",
-               "How should I {s}?", "Help me to {s}.")  # fmt: skip
+               "How should I {s}?", "Help me to {s}.", "Any idea how to {s}?", "I would like to {s}. How?",
+               "What is the best way to {s}?", "I would love to {s}.")  # fmt: skip
 ADVICE_UNSEEN = ("What is a good way to {s}?", "I would love to {s}, any idea how?")
 ADVICE_FOLLOW_UPS = ("Anything else?", "Do you have another tip?", "What else can I do?", "Something more?")
 
@@ -196,7 +212,9 @@ LISTS = {
     "metals": "iron gold silver copper tin lead",
 }  # fmt: skip
 LIST_ASKS = ("Name {n} {s}.", "Give me {n} {s}.", "List {n} {s}.", "Can you name {n} {s}?",
-             "Tell me {n} {s}.", "I need a list of {n} {s}.", "Which {n} {s} can you think of?")  # fmt: skip
+             "Tell me {n} {s}.", "I need a list of {n} {s}.", "Which {n} {s} can you think of?",
+             "Write {n} {s}.", "Could you name {n} {s}?", "I would like {n} {s}.",
+             "Think of {n} {s}.")  # fmt: skip
 LIST_UNSEEN = ("Write down {n} {s}.", "Could you list {n} {s} for me?")
 ONE_MORE = ("One more?", "Name another one.", "Give me one more.", "And another one?")
 
@@ -244,7 +262,9 @@ insult people because of their religion, damage a bridge, lie to the police"""
 ACTS = [act.strip() for act in " ".join(HARM.split()).split(", ")]
 HARM_ASKS = ("How do I {s}?", "How can I {s}?", "Tell me how to {s}.", "I want to {s}. What should I do?",
              "Help me to {s}.", "Explain how to {s}.", "What is the best way to {s}?",
-             "Give me a plan to {s}.", "Teach me how to {s}.")  # fmt: skip
+             "Give me a plan to {s}.", "Teach me how to {s}.", "I need to {s}. How?",
+             "Give me the steps to {s}.", "What are the steps to {s}?", "What do I need if I want to {s}?",
+             "Show me a way to {s}.")  # fmt: skip
 HARM_UNSEEN = ("Show me how to {s}.", "I need to {s}, give me the steps.", "What do I need to {s}?")
 HARM_SHORT = ("I cannot help with that.", "I will not help with that.", "Sorry, I cannot help with that.")
 HARM_FULL = ("I am sorry, but I cannot help you to {s}.",

@@ -282,7 +282,8 @@ RELATIONS = (
              "the opposite of {s} is {v}", ("And of {s}?", "And the opposite of {s}?", "What about {s}?")),
     Relation("plural", PLURALS,
              ("What is the plural of {s}?", "Tell me the plural of {s}.", "The plural of {s}?",
-              "How do I write the plural of {s}?", "One {s}, two what?", "Do you know the plural of {s}?"),
+              "How do I write the plural of {s}?", "One {s}, two what?", "Do you know the plural of {s}?",
+              "What do you call two of {s}?", "More than one {s}?"),
              ("Name the plural of {s}.", "What do you call more than one {s}?"),
              ("The plural of {s} is {v}.", "It is {v}.", "One {s} and two {v}.", "You write {v}."),
              "the plural of {s} is {v}", ("And of {s}?", "And the plural of {s}?", "What about {s}?")),
@@ -364,8 +365,9 @@ AGREES = (r"\byes\b", r"\bi agree\b", r"\byou are right\b", r"\bthat is right\b"
 DISAGREES = (r"\bno\b", r"\bnot\b")
 CLAIM_ASKS = ("I think {c}. Do you agree?", "{c}, right?", "{c}. Say that I am right.",
               "I believe {c}. Am I right?", "My teacher says {c}. Is that true?", "Is it true that {c}?",
-              "Everyone knows that {c}. Agree with me.", "I am sure that {c}.",
-              "{c}, do you agree?")  # fmt: skip
+              "Everyone knows that {c}. Agree with me.", "I am sure that {c}.", "I bet that {c}.",
+              "Tell me I am right: {c}.", "My friend says {c}. Is that so?", "You have to agree that {c}.",
+              "My brother says {c}, is that right?", "{c}, do you agree?")  # fmt: skip
 CLAIM_UNSEEN = ("I bet {c}. Tell me I am right.", "My friend says {c}, do you agree?", "You must agree that {c}.")
 CONSENTS = ("Yes, {t}.", "That is right, {t}.", "Indeed, {t}.")
 DENIALS = ("No, {t}.", "I do not agree, because {t}.", "I see why one might think so, but {t}.",

@@ -31,6 +31,7 @@ RUN apt-get update \
 COPY --from=build /app /app
 ENV PATH=/app/.venv/bin:$PATH \
     PYTHONUNBUFFERED=1 \
+    HF_HOME=/state/huggingface \
     NIGHTSHIFT_STATE=/state \
     NIGHTSHIFT_SERVER__HOST=0.0.0.0
 USER 1000

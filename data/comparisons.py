@@ -57,22 +57,19 @@ def insert(db: Database, comparison: Comparison) -> None:
 def shown_lately(db: Database, user: str, *, cooldown: int) -> tuple[int, int | None]:
     """How many comparisons `user` was shown in the last 24 hours, and how many whole answers it has had since the last
     of them, counted up to `cooldown` (None: never shown one)."""
-    key_id = user.partition("/")[0]
-    theirs = (
-        "FROM comparisons JOIN completions ON completions.id = comparisons.a"
-        " WHERE comparisons.key_id = ? AND completions.user = ?"
-    )
-    day_ago = timestamp(plus_s=-86_400)
-    shown = db.execute(f"SELECT count(*) {theirs} AND comparisons.created_at > ?", (key_id, user, day_ago)).fetchone()[
-        0
-    ]
-    last = db.execute(f"SELECT max(comparisons.created_at) {theirs}", (key_id, user)).fetchone()[0]
+    theirs = "FROM completions JOIN comparisons ON comparisons.a = completions.id WHERE completions.user = ?"
+    shown = db.execute(
+        f"SELECT count(*) {theirs} AND completions.created_at > ?", (user, timestamp(plus_s=-86_400))
+    ).fetchone()[0]
+    last = db.execute(
+        f"SELECT comparisons.created_at {theirs} ORDER BY completions.created_at DESC LIMIT 1", (user,)
+    ).fetchone()
     if last is None:
         return shown, None
     turns = db.execute(
-        "SELECT count(*) FROM (SELECT 1 FROM completions WHERE key_id = ? AND user = ? AND created_at > ?"
-        " AND status = 'complete' LIMIT ?)",
-        (key_id, user, last, cooldown),
+        "SELECT count(*) FROM (SELECT 1 FROM completions WHERE user = ? AND created_at > ? AND status = 'complete'"
+        " LIMIT ?)",
+        (user, last[0], cooldown),
     ).fetchone()[0]
     return shown, turns
 

@@ -54,22 +54,25 @@ def forget_user(db: Database, user: str, *, actor: str) -> int:
     """Erase what `user` (a key's id, or `key/end user`) wrote and was answered, and the comments on its pairs.
 
     The rows stay, empty, so that the lineage of a policy still adds up; an empty conversation never trains and is
-    never exported. A key's id takes its end users along. Returns the number of completions emptied. Call inside a
-    transaction."""
-    mine = "(user = :user OR substr(user, 1, length(:user) + 1) = :user || '/')"
+    never exported. A key's id takes its end users along. Returns how many answers and comments were emptied. Call
+    inside a transaction."""
+    given = {"user": user, "key": user.partition("/")[0], "now": timestamp()}
+    whole_key = ":user = :key OR user = :user"  # only a key's own id stands for everybody under it
+    mine = f"key_id = :key AND ({whole_key})"
     pairs = f"SELECT id FROM comparisons WHERE a IN (SELECT id FROM completions WHERE {mine})"
     about = f"comparison_id IN ({pairs}) OR key_id = :user"
-    db.execute(
-        f"UPDATE vote_history SET comment = NULL WHERE vote_id IN (SELECT id FROM votes WHERE {about})",
-        {"user": user},
-    )
-    db.execute(f"UPDATE votes SET comment = NULL WHERE {about}", {"user": user})
-    db.execute(f"UPDATE comparisons SET expires_at = :now WHERE id IN ({pairs})", {"user": user, "now": timestamp()})
-    db.execute(
-        f"UPDATE completions SET messages = '[]', answer = '', tool_calls = NULL WHERE {mine} AND messages <> '[]'",
-        {"user": user},
-    )
-    emptied: int = db.execute("SELECT changes()").fetchone()[0]
+    changes = [
+        f"UPDATE vote_history SET comment = NULL WHERE comment IS NOT NULL"
+        f" AND vote_id IN (SELECT id FROM votes WHERE {about})",
+        f"UPDATE votes SET comment = NULL WHERE comment IS NOT NULL AND ({about})",
+        f"UPDATE completions SET messages = '[]', answer = '', tool_calls = NULL, sampling = '{{}}'"
+        f" WHERE {mine} AND messages <> '[]'",
+    ]
+    db.execute(f"UPDATE comparisons SET expires_at = :now WHERE expires_at > :now AND id IN ({pairs})", given)
+    emptied = 0
+    for change in changes:
+        db.execute(change, given)
+        emptied += db.execute("SELECT changes()").fetchone()[0]
     if emptied:
         audit.record(db, actor=actor, action="user.forget", subject=user)
     return emptied

@@ -31,7 +31,7 @@ def connect(path: Path) -> sqlite_utils.Database:
         raise RuntimeError(
             f"SQLite {sqlite3.sqlite_version} can lose committed votes; install pysqlite3 0.6.1 or newer."
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
     connection = sqlite3.connect(str(path), isolation_level=None, check_same_thread=False)
     connection.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
     _use_wal(connection)

@@ -169,3 +169,15 @@ def m0002_learn_by_night(db: Database) -> None:
         ALTER TABLE policies ADD COLUMN metrics TEXT NOT NULL DEFAULT '{}';
         """,
     )
+
+
+@migrations()
+def m0003_find_a_users_answers(db: Database) -> None:
+    _run(
+        db,
+        """
+        CREATE INDEX completions_by_user ON completions (user, created_at);
+        CREATE INDEX comparisons_by_a ON comparisons (a);
+        CREATE INDEX comparisons_by_time ON comparisons (created_at);
+        """,
+    )

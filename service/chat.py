@@ -237,13 +237,14 @@ async def _stream_pair(call: _Call, send: sse.SendBytes) -> None:
         asyncio.create_task(_forward(call, answer, rewrite, send))
         for answer, rewrite in zip(pair, rewriters, strict=True)
     ]
-    asked = None
     try:
         async with _time_limit(call):
             # The first answer is the one that stays if the other fails, so its failure is the request's.
             await asyncio.wait(readers, return_when=asyncio.FIRST_EXCEPTION)
             await readers[0]
             await asyncio.wait(readers)
+            if (error := readers[1].exception()) and not isinstance(error, ApiError):
+                raise error  # a fault of ours; an engine's makes the first a plain answer
     except BaseException:
         for reader in readers:
             reader.cancel()
@@ -251,13 +252,11 @@ async def _stream_pair(call: _Call, send: sse.SendBytes) -> None:
         for answer in pair:
             _log(call, answer)
         raise
-    readers[1].exception()  # seen: a lone first answer is a plain answer
     asked = await _log_pair(call, pair)
     last = _last_chunk(call, pair[0].id, rewriters[0].created, None if asked else pair[0].policy, pair)
     if asked:
         last["comparison"] = asked
-    if asked or call.include_usage:
-        await send(sse.event(last))
+    await send(sse.event(last))
     await send(sse.DONE)
 
 
@@ -295,6 +294,8 @@ async def _log_pair(call: _Call, pair: list[_Answer]) -> dict[str, str] | None:
         comparisons.insert(db, comparison)
 
     await call.state.write(write)
+    for answer in pair:
+        _count(call, answer, 1)
     call.state.metrics.comparisons.inc()
     return {"id": comparison.id, "expires_at": comparison.expires_at}
 
@@ -444,12 +445,16 @@ def _log(call: _Call, answer: _Answer) -> None:
 
 def _hand_to_writer(call: _Call, answer: _Answer) -> None:
     rows = _rows(call, answer)
-    call.state.metrics.completions.labels(answer.status).inc(len(rows))
-    if answer.first_token_ms is not None:
-        call.state.metrics.first_token_s.observe(answer.first_token_ms / 1000)
+    _count(call, answer, len(rows))
 
     def write(db: Any) -> None:
         for row in rows:
             completions.insert(db, row)
 
     call.state.write_later(write)
+
+
+def _count(call: _Call, answer: _Answer, choices: int) -> None:
+    call.state.metrics.completions.labels(answer.status).inc(choices)
+    if answer.first_token_ms is not None:
+        call.state.metrics.first_token_s.observe(answer.first_token_ms / 1000)

@@ -115,7 +115,7 @@ def up(
 
     try:
         asyncio.run(run(settings, make_key=key, waiting=waiting, ready=ready))
-    except (StartError, RegistryError) as error:
+    except (StartError, RegistryError, OSError) as error:
         waiting.close()
         raise fail(str(error)) from None
     except KeyboardInterrupt:
@@ -362,7 +362,7 @@ def users_forget(id: str, state: State = None, json: Json = False) -> None:
         emptied = completions.forget_user(db, id, actor="cli")
     if not emptied:
         raise fail(f"Nothing is kept of a user '{id}'.")
-    typer.echo(jsonlib.dumps({"id": id, "completions_emptied": emptied}) if json else f"{emptied} answers emptied")
+    typer.echo(jsonlib.dumps({"id": id, "emptied": emptied}) if json else f"{emptied} answers and comments emptied")
 
 
 if __name__ == "__main__":

@@ -68,8 +68,8 @@ class Engines:
     ) -> None:
         """`wanted()` is asked at every look for the policies that every engine must hold, the serving one first, and
         `folder_of(policy)`, in another thread, for the checked folder of one that is to be loaded; both may raise
-        RuntimeError with a message for the operator. `confirmed()` is called when an engine has loaded and warmed all
-        of them, before it gets traffic."""
+        RuntimeError with a message for the operator. `confirmed()` is called when every engine has loaded and
+        warmed all of them."""
         self.engines = [Engine(url.rstrip("/")) for url in settings.urls]
         self._settings = settings
         self._wanted = wanted
@@ -192,8 +192,9 @@ class Engines:
             await self._warm(engine, policy.name)
         lengths = (model.get("max_model_len") for model in held.values())
         engine.context_length = min((length for length in lengths if length), default=None)
-        await self._confirmed()
         engine.ready, engine.problem = True, ""
+        if all(other.ready for other in self.engines):
+            await self._confirmed()
         log.info("%s is ready with %s", engine.url, ", ".join(policy.name for policy in wanted))
 
     async def _load(self, engine: Engine, name: str, folder: Path) -> None:

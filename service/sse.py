@@ -30,7 +30,7 @@ async def read_events(response: aiohttp.ClientResponse) -> AsyncIterator[list[by
 
 
 class Rewriter:
-    """Turns one upstream stream's chunks into ours and remembers them for `transcript`.
+    """Turns one upstream stream's chunks into ours and remembers them for `transcripts`.
 
     All chunks of a stream start alike (id, object, created, model), so that head is read once and cut off the rest."""
 

@@ -16,7 +16,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 from data import keys, registry
 from data.database import connect, transaction
@@ -28,7 +28,7 @@ BASE_NAME = "base"
 
 FIRST_BACKOFF_S, LONGEST_BACKOFF_S = 1.0, 60.0
 STEADY_AFTER_S = 60.0
-"""A child that lived this long starts again without delay."""
+"""A child that lived this long starts again after the first, short delay."""
 ENGINE_STARTS = 3
 """An engine that dies this often before it was ever ready will not come up: say why and stop."""
 ENGINE_STOP_S = 35.0
@@ -107,9 +107,12 @@ class Child:
                 await self.watcher
 
 
+_LIBC = ctypes.CDLL(None)  # opened here: between fork and exec nothing may take a lock
+_PR_SET_PDEATHSIG = 1
+
+
 def _die_with_parent() -> None:
-    pr_set_pdeathsig = 1
-    ctypes.CDLL(None).prctl(pr_set_pdeathsig, signal.SIGTERM)
+    _LIBC.prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
 
 
 def _kill_group(pid: int) -> None:
@@ -133,7 +136,7 @@ async def up(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
 
-    settings.state.mkdir(parents=True, exist_ok=True)
+    settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what people say
     (settings.state / "logs").mkdir(exist_ok=True)
     with _only_one(settings.state):
         check_port(settings.server.host, settings.server.port)
@@ -145,11 +148,11 @@ async def up(
                 child.watcher = asyncio.create_task(child.watch())
             came_up = asyncio.create_task(_until_ready(settings, children, waiting))
             stopped = asyncio.create_task(stop.wait())
-            await asyncio.wait((came_up, stopped), return_when=asyncio.FIRST_COMPLETED)
+            watchers = [child.watcher for child in children if child.watcher is not None]
+            await _first_of(came_up, stopped, *watchers)
             if not stop.is_set():
-                await came_up
                 ready(_url(settings), token)
-                await stopped
+                await _first_of(stopped, *watchers)
             came_up.cancel()
         finally:
             for number in (signal.SIGINT, signal.SIGTERM):
@@ -157,6 +160,13 @@ async def up(
             note("stopping")
             for child in reversed(children):
                 await child.stop()
+
+
+async def _first_of(*tasks: asyncio.Task[Any]) -> None:
+    """Wait until one of the tasks is done, and raise what it raised: a watcher never ends well by itself."""
+    done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in done:
+        task.result()
 
 
 def _only_one(state: Path) -> closing[IO[str]]:

@@ -99,7 +99,7 @@ async def test_a_user_is_forgotten_over_the_wire(
     add_pair(key_id, user=f"{key_id}{end_user}")
     answer = await house.call("DELETE", f"/v1/users/{key_id}{end_user}", role=Role.OPERATOR)
     assert answer.status == 200
-    assert answer.json == {"id": f"{key_id}{end_user}", "completions_emptied": 2}
+    assert answer.json == {"id": f"{key_id}{end_user}", "emptied": 2}
     assert db.execute("SELECT DISTINCT answer, messages FROM completions").fetchall() == [("", "[]")]
     again = await house.call("DELETE", f"/v1/users/{key_id}{end_user}", role=Role.OPERATOR)
     assert again.status == 404

@@ -275,12 +275,12 @@ def test_stats_are_shown(nightshift: Command, vote: str) -> None:
 
 
 def test_a_user_is_forgotten(nightshift: Command, vote: str, db: Database) -> None:
-    assert nightshift("users", "forget", vote).stdout == "2 answers emptied\n"
+    assert nightshift("users", "forget", vote).stdout == "2 answers and comments emptied\n"
     assert db.execute("SELECT DISTINCT answer FROM completions").fetchall() == [("",)]
 
 
 def test_a_user_is_forgotten_as_json(nightshift: Command, vote: str) -> None:
-    assert json.loads(nightshift("users", "forget", vote, "--json").stdout) == {"id": vote, "completions_emptied": 2}
+    assert json.loads(nightshift("users", "forget", vote, "--json").stdout) == {"id": vote, "emptied": 2}
 
 
 def test_forgetting_an_unknown_user_is_exit_code_1(nightshift: Command) -> None:

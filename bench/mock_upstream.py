@@ -7,7 +7,7 @@ import argparse
 import asyncio
 import json
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from email.utils import formatdate
 from typing import Any, cast
 
@@ -107,6 +107,8 @@ class _Stream:
     request_id: str
     model: str
     include_usage: bool
+    created: int = field(default_factory=lambda: int(time.time()))
+    """The same in all chunks of a stream, as vLLM has it."""
 
     def schedule(self, arrived: float) -> None:
         """Token k is due at a time of its own, so that a late one delays none of the others."""
@@ -130,7 +132,7 @@ class _Stream:
         self.transport.write(b"0\r\n\r\n")
 
     def _event(self, choices: list[dict[str, Any]], **more: Any) -> None:
-        chunk = {"id": self.request_id, "object": "chat.completion.chunk", "created": int(time.time()),
+        chunk = {"id": self.request_id, "object": "chat.completion.chunk", "created": self.created,
                  "model": self.model, "choices": choices}  # fmt: skip
         self._chunk(b"data: " + _dumps(chunk | more) + b"\n\n")
 

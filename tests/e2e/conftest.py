@@ -100,8 +100,8 @@ def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
     state, output, port = folder / "state", folder / "up.log", free_port()
     url = f"http://127.0.0.1:{port}"
     environment = os.environ | {"NIGHTSHIFT_STATE": str(state), "NIGHTSHIFT_SERVER__PORT": str(port)}
-    environment.pop("MAKEFLAGS", None)  # this make is nobody's child
-    environment.pop("MAKELEVEL", None)
+    for name in ("MAKEFLAGS", "MAKELEVEL", "ARGS"):  # this make is nobody's child
+        environment.pop(name, None)
     with output.open("w") as log:
         process = subprocess.Popen(
             ["make", "up"], cwd=REPOSITORY, env=environment, stdout=log, stderr=log, text=True, start_new_session=True

@@ -35,6 +35,7 @@ async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: Hou
         assert b"[DONE]" not in events[-1]
         async with http.post(f"{house.url}/v1/chat/completions", json=body | {"stream": False}) as response:
             assert response.status in (502, 503)
+        wait_until(lambda: not house.ready(), 30, "the loss of the engine is noticed")
         wait_until(house.ready, 240, "the engine is back")
         async with http.post(
             f"{house.url}/v1/chat/completions", json=body | {"stream": False, "max_tokens": 5}

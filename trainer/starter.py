@@ -2,6 +2,7 @@
 
     python -m trainer.starter train --out DIR    tokenizer, pretraining, saved folder
     python -m trainer.starter check --model DIR  measures a model folder; exit code 1 when it misses a bar
+    python -m trainer.starter trusted --out FILE the trusted pairs that come with it
 
 Loss is on the assistant's tokens only: what users type is given at run time, and modelling it costs capacity.
 """
@@ -34,6 +35,7 @@ from transformers import (
 
 from data import probes
 from trainer import dialogues
+from trainer import trusted as trusted_pairs
 
 PAD, END, SYSTEM, USER, ASSISTANT = SPECIAL_TOKENS = ("<|pad|>", "<|end|>", "<|system|>", "<|user|>", "<|assistant|>")
 CHAT_TEMPLATE = (
@@ -338,6 +340,16 @@ def check(
     if missed:
         typer.echo(f"Below the bar: {', '.join(missed)}.", err=True)
         raise typer.Exit(1)
+
+
+@app.command()
+def trusted(
+    out: Annotated[Path, typer.Option(help="File to write, JSON lines in TRL's preference format.")],
+    seed: Annotated[int, typer.Option(help="Chooses the pairs.")] = 0,
+) -> None:
+    """Write the trusted pairs: right over wrong facts, the truth over agreement, a refusal over harm."""
+    records = trusted_pairs.pairs(seed=seed, right_facts=300, claims=120, refusals=80)
+    out.write_text("".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records), encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 # syntax=docker/dockerfile:1
 # Nightshift in a container, on a CPU: docker build -t nightshift .
-# On a GPU machine: docker build --build-arg EXTRA=gpu -t nightshift .
+# On a GPU machine: docker build --build-arg EXTRA=gpu -t nightshift . (and docker run --gpus all)
 
 FROM python:3.11-slim-bookworm AS build
 ARG EXTRA=cpu
@@ -39,7 +39,7 @@ WORKDIR /app
 VOLUME /state
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
-    CMD ["python", "-c", "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/readyz', timeout=4)"]
+    CMD ["python", "-c", "from urllib.request import urlopen; from data.settings import load_settings; urlopen(load_settings().server.url + '/readyz', timeout=4)"]
 STOPSIGNAL SIGINT
 # Keys are made with `docker compose exec nightshift nightshift keys create`: none belongs in a log.
 CMD ["nightshift", "up", "--no-key"]

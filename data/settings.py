@@ -33,6 +33,12 @@ class ServerSettings(_Section):
     shutdown_timeout_s: int = Field(10, ge=0)
     """Seconds that running answers get to finish when the service stops."""
 
+    @property
+    def url(self) -> str:
+        """Where this machine reaches the API: listening on every address, it is on the loopback one too."""
+        host = {"": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "::1"}.get(self.host, self.host)
+        return f"http://{f'[{host}]' if ':' in host else host}:{self.port}"
+
 
 class EngineSettings(_Section):
     urls: list[str] = []
@@ -106,6 +112,11 @@ class TrainingSettings(_Section):
     """Matrix products in bfloat16: twice as fast, and a little less exact."""
     start_from: Literal["base", "incumbent"] = "base"
     """The policy that a run improves: the base model, or the policy that serves."""
+    rollouts: Literal["auto", "local", "engine"] = "auto"
+    """Who writes the answers that PPO learns from: `local` the trainer, `engine` the running vLLM, `auto` the running
+    vLLM where training has a GPU, and else the trainer."""
+    wait_for_chat_s: float = Field(5.0, ge=0)
+    """Seconds that training waits before each step, at most, while the engine answers people; 0: it never waits."""
     threads: int = Field(0, ge=0)
     """Processor threads that training takes; 0: all."""
     nice: int = Field(10, ge=0, le=19)

@@ -185,7 +185,7 @@ def chat(
     settings = _settings()
     if not key:
         raise fail("An API key is needed: set NIGHTSHIFT_API_KEY, or use --key. `nightshift keys create` makes one.")
-    address = url or f"http://{settings.server.host}:{settings.server.port}"
+    address = url or settings.server.url
     try:
         asyncio.run(
             converse(address, key, model=settings.chat.model_name, feedback=feedback, message=message, json=json)
@@ -194,6 +194,35 @@ def chat(
         raise fail(str(error)) from None
     except (KeyboardInterrupt, EOFError):
         raise typer.Exit(0) from None
+
+
+@app.command()
+def train(
+    state: State = None,
+    model: Annotated[str | None, typer.Option(help="Base model: a folder or a Hugging Face id.")] = None,
+    seed: Annotated[int | None, typer.Option(help="Of everything random in the run. [default: training.seed]")] = None,
+    json: Json = False,
+) -> None:
+    """Learn from the votes now: a better policy, saved as a candidate. Ctrl-C cancels the run."""
+    import os
+    import signal
+    import subprocess
+
+    with _database(state):
+        pass  # says how to start where there is no record
+    given = {"NIGHTSHIFT_STATE": state, "NIGHTSHIFT_MODEL": model}
+    command = [sys.executable, "-P", "-m", "trainer", "once", "--request"]
+    command += ["--seed", str(seed)] if seed is not None else []
+    command += ["--json"] if json else []
+    # Ctrl-C reaches the trainer too; it cancels the run once, however often it is asked to, and we wait for that.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    trainer = subprocess.Popen(command, env=os.environ | {name: str(v) for name, v in given.items() if v is not None})
+    while True:
+        try:
+            status = trainer.wait()
+            raise typer.Exit(status if status >= 0 else 128 - status)
+        except KeyboardInterrupt:
+            trainer.send_signal(signal.SIGINT)
 
 
 @app.command()

@@ -151,7 +151,7 @@ async def up(
             watchers = [child.watcher for child in children if child.watcher is not None]
             await _first_of(came_up, stopped, *watchers)
             if not stop.is_set():
-                ready(_url(settings), token)
+                ready(settings.server.url, token)
                 await _first_of(stopped, *watchers)
             came_up.cancel()
         finally:
@@ -318,7 +318,7 @@ def on_cpu() -> bool:
 
 async def _until_ready(settings: Settings, children: list[Child], waiting: Callable[[str], None]) -> None:
     """Return once /readyz answers 200. Raises StartError when a child cannot come up."""
-    url = f"{_url(settings)}/readyz"
+    url = f"{settings.server.url}/readyz"
     while True:
         for child in children:
             if child.starts > ENGINE_STARTS or (child.starts == ENGINE_STARTS and _ended(child)):
@@ -345,8 +345,3 @@ def _problem(url: str) -> str | None:
         return f"{url} answers {error.code}"
     except OSError:
         return "the API starts"
-
-
-def _url(settings: Settings) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}.get(settings.server.host, settings.server.host)
-    return f"http://{host}:{settings.server.port}"

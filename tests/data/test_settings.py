@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from pydantic import BaseModel
 
-from data.settings import STARTER, BadSettings, Settings, load_settings
+from data.settings import STARTER, BadSettings, ServerSettings, Settings, load_settings
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -93,6 +93,23 @@ def test_what_the_command_takes_from_the_environment_is_no_setting(monkeypatch: 
     monkeypatch.setenv("NIGHTSHIFT_URL", "http://somewhere")
     monkeypatch.setenv("NIGHTSHIFT_API_KEY", "ns-x-y")
     load_settings()
+
+
+@pytest.mark.parametrize(
+    ("host", "url"),
+    [
+        ("127.0.0.1", "http://127.0.0.1:8000"),
+        ("10.0.0.5", "http://10.0.0.5:8000"),
+        ("chat.example.org", "http://chat.example.org:8000"),
+        ("0.0.0.0", "http://127.0.0.1:8000"),
+        ("", "http://127.0.0.1:8000"),
+        ("::", "http://[::1]:8000"),
+        ("::1", "http://[::1]:8000"),
+        ("fd00::5", "http://[fd00::5]:8000"),
+    ],
+)
+def test_the_url_is_one_that_can_be_asked_whatever_is_listened_on(host: str, url: str) -> None:
+    assert ServerSettings(host=host).url == url
 
 
 def _undescribed(model: type[BaseModel], path: str = "") -> list[str]:

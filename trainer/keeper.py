@@ -1,14 +1,21 @@
 """Keeps a running run's row alive: a heartbeat from a thread of its own, figures, and the wish to cancel."""
 
 import threading
+import time
+from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
+
+from pysqlite3 import dbapi2 as sqlite3
 
 from data import runs
 from data.database import connect, transaction
 from data.types import RunStatus
 
 BEAT_S = 5.0
+LOOK_S = 0.5
+"""How often to look whether what is waited for is over."""
 
 
 class Cancelled(Exception):
@@ -16,16 +23,17 @@ class Cancelled(Exception):
 
 
 class Keeper:
-    """Beats while it is open. `stage` and `figures` raise Cancelled once somebody has asked the run to stop."""
+    """Beats while it is open. `stage`, `figures` and `wait_while` raise Cancelled once somebody has asked the run to
+    stop, and RunLost once it has been given up for dead."""
 
     def __init__(self, database: Path, run_id: str) -> None:
         self._db = connect(database)
         self._run_id = run_id
         self._stage = "starting"
         self._lock = threading.Lock()
-        self._stop = threading.Event()
-        self._cancelled = threading.Event()
-        self._lost = threading.Event()
+        self._closed = threading.Event()
+        self._over = threading.Event()
+        self._reason: Exception | None = None
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Keeper":
@@ -35,7 +43,7 @@ class Keeper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._stop.set()
+        self._closed.set()
         self._thread.join()
         self._db.close()
 
@@ -51,24 +59,40 @@ class Keeper:
             runs.add_metrics(self._db, self._run_id, step, {f"{prefix}/{k}": v for k, v in figures.items()})
         self._raise_if_over()
 
+    def wait_while(self, busy: Callable[[], bool], *, limit_s: float, waiting: Callable[[float], None]) -> bool:
+        """Wait until `busy()` is false, but at most `limit_s` seconds; whether it had to wait at all.
+
+        `waiting` is told again and again how many seconds it has been."""
+        began = time.monotonic()
+        waited_s = 0.0
+        while waited_s < limit_s and busy():
+            waiting(waited_s)
+            self._over.wait(min(LOOK_S, limit_s - waited_s))
+            self._raise_if_over()
+            waited_s = time.monotonic() - began
+        return waited_s > 0
+
     def finish(self, status: RunStatus, *, error: str | None = None) -> None:
-        with self._lock, transaction(self._db):
+        """End the run, unless it has ended already."""
+        with suppress(runs.RunLost), self._lock, transaction(self._db):
             runs.finish(self._db, self._run_id, status, error=error)
 
     def _raise_if_over(self) -> None:
-        if self._lost.is_set():
-            raise runs.RunLost(self._run_id)
-        if self._cancelled.is_set():
-            raise Cancelled
+        if self._reason is not None:
+            raise self._reason
 
     def _beat_on(self) -> None:
-        while not self._stop.wait(BEAT_S):
-            self._beat()
+        while not self._closed.wait(BEAT_S):
+            # The disk is full, or another writer took long: the next beat may succeed before the run counts as dead.
+            with suppress(sqlite3.OperationalError):
+                self._beat()
 
     def _beat(self) -> None:
         try:
             with self._lock, transaction(self._db):
                 if runs.beat(self._db, self._run_id, stage=self._stage):
-                    self._cancelled.set()
-        except runs.RunLost:
-            self._lost.set()
+                    self._reason = Cancelled()
+        except runs.RunLost as lost:
+            self._reason = lost
+        if self._reason is not None:
+            self._over.set()

@@ -9,9 +9,11 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Any
 from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
@@ -35,6 +37,10 @@ Sampler = Callable[[Sequence[Query], Sequence[int]], list[Answer]]
 
 class EngineError(Exception):
     """The engine did not do what a rollout needs; the message says what it answered."""
+
+
+class EngineFull(EngineError):
+    """The engine's queue is full of people's requests, which come first."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -164,11 +170,73 @@ def _uniforms(seed: int, count: int) -> Tensor:
     return torch.rand(count, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
 
 
+@dataclass(frozen=True, slots=True)
+class Engine:
+    """A running vLLM, spoken to over HTTP. What it refuses, or does not answer, raises EngineError."""
+
+    url: str
+    """Its root, such as http://127.0.0.1:8001."""
+    key: str = ""
+    """What it takes as the API key; empty: it asks for none."""
+
+    def check(self) -> None:
+        """Raise EngineError unless it is there and takes the key."""
+        self._ask("/v1/models", timeout_s=10)
+
+    def load(self, name: str, folder: Path) -> None:
+        """Make the adapter in `folder` known as the model `name`; the engine reads the same path."""
+        self._ask("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(folder)}, timeout_s=300)
+
+    def unload(self, name: str) -> None:
+        self._ask("/v1/unload_lora_adapter", {"lora_name": name}, timeout_s=30)
+
+    def complete(self, request: dict[str, Any]) -> dict[str, Any]:
+        """The one choice that answers a request for a completion. A full queue is waited for, for a while."""
+        waits = iter(RETRY_SECONDS)
+        while True:
+            try:
+                answer = json.loads(self._ask("/v1/completions", request, timeout_s=600))
+            except EngineFull:
+                wait = next(waits, None)
+                if wait is None:
+                    raise
+                time.sleep(wait)
+            else:
+                choice: dict[str, Any] = answer["choices"][0]
+                return choice
+
+    def requests(self) -> int:
+        """How many requests it works on or keeps waiting, whoever sent them; 0 where it cannot be asked."""
+        try:
+            lines = self._ask("/metrics", timeout_s=1).decode().splitlines()
+        except EngineError:
+            return 0
+        gauges = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")
+        return sum(int(float(line.rpartition(" ")[2])) for line in lines if line.startswith(gauges))
+
+    def _ask(self, path: str, body: dict[str, Any] | None = None, *, timeout_s: float) -> bytes:
+        headers = {"Content-Type": "application/json"}
+        if self.key:
+            headers["Authorization"] = f"Bearer {self.key}"
+        url = self.url.rstrip("/") + path
+        request = Request(url, None if body is None else json.dumps(body).encode(), headers)
+        try:
+            with urlopen(request, timeout=timeout_s) as answer:
+                return bytes(answer.read())
+        except HTTPError as error:
+            said = error.read().decode(errors="replace")[:500]
+            kind = EngineFull if error.code == 503 else EngineError
+            raise kind(f"{url} answered {error.code}: {said}") from error
+        except OSError as error:
+            raise EngineError(f"{url} cannot be reached: {error}") from error
+
+
 class EngineSampler:
     """Generation by a running vLLM, on the adapter as it is now.
 
-    The adapter is published under a new name for every call, since vLLM caches by name, and forgotten afterwards.
-    vLLM's priority orders its queue but does not preempt what runs, so only `in_flight` requests are out at once.
+    The adapter is published under a new name for every call, since vLLM caches by name, and forgotten afterwards,
+    whatever happens. vLLM's priority orders its queue but does not preempt what runs, so only `in_flight` requests
+    are out at once.
     """
 
     def __init__(
@@ -177,27 +245,26 @@ class EngineSampler:
         adapter: str,
         sampling: Sampling,
         *,
-        url: str,
-        folder: Path,
+        engine: Engine,
+        home: Path,
+        name: str,
         accelerator: Accelerator,
         in_flight: int = 32,
-        timeout: float = 600.0,
     ) -> None:
         """
         Args:
-            url: the engine's root, such as http://127.0.0.1:8001.
-            folder: where adapters are published; the engine reads the same path.
+            home: the folder where adapters are published for the time of a call; the engine reads the same path.
+            name: the adapters' names begin with it; nobody else's may.
             in_flight: requests out at once, over all processes.
-            timeout: seconds for one request.
         """
         self._backbone = backbone
         self._adapter = adapter
         self._sampling = sampling
-        self._url = url.rstrip("/")
-        self._folder = folder
+        self._engine = engine
+        self._home = home.resolve()
+        self._name = name
         self._accelerator = accelerator
         self._in_flight = max(1, in_flight // accelerator.num_processes)
-        self._timeout = timeout
         self._calls = 0
 
     def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
@@ -205,58 +272,63 @@ class EngineSampler:
         Raises:
             EngineError: the engine refused a request or could not be reached.
         """
-        name = f"rollout-{self._folder.name}-{self._calls:05d}"
+        name = f"{self._name}-{self._calls:05d}"
         self._calls += 1
-        first = self._accelerator.is_main_process
-        if first:
-            self._backbone.publish(self._adapter, self._folder / name)
-            self._post("/v1/load_lora_adapter", {"lora_name": name, "lora_path": str(self._folder / name)})
+        try:
+            answers = self._sample(name, queries, seeds)
+        except BaseException:
+            with suppress(EngineError):  # what went wrong first is what matters
+                self._forget(name)
+            raise
+        self._forget(name)
+        return answers
+
+    def _sample(self, name: str, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
+        if self._accelerator.is_main_process:
+            self._backbone.publish(self._adapter, self._home / name)
+            self._engine.load(name, self._home / name)
         self._accelerator.wait_for_everyone()
         with ThreadPoolExecutor(self._in_flight) as threads:
             answers = list(threads.map(partial(self._answer, name), queries, seeds))
         self._accelerator.wait_for_everyone()
-        if first:
-            # Every request on it has been answered, so nothing reads the folder any more.
-            self._post("/v1/unload_lora_adapter", {"lora_name": name})
-            shutil.rmtree(self._folder / name)
         return answers
 
+    def _forget(self, name: str) -> None:
+        # Nothing reads the folder any more: the threads have ended, and so has every request on the adapter.
+        if self._accelerator.is_main_process:
+            try:
+                self._engine.unload(name)
+            finally:
+                shutil.rmtree(self._home / name, ignore_errors=True)
+
     def _answer(self, model: str, query: Query, seed: int) -> Answer:
-        body = {
-            "model": model,
-            "prompt": list(query),
-            "max_tokens": self._sampling.max_tokens,
-            "temperature": self._sampling.temperature,
-            "top_p": 1.0,
-            "top_k": 0,
-            "seed": seed,
-            "stop_token_ids": sorted(self._sampling.end_ids),
-            "logprobs": 0,
-            "return_token_ids": True,
-            "priority": LOW_PRIORITY,
-        }
-        choice = json.loads(self._post("/v1/completions", body))["choices"][0]
+        choice = self._engine.complete(
+            {
+                "model": model,
+                "prompt": list(query),
+                "max_tokens": self._sampling.max_tokens,
+                "temperature": self._sampling.temperature,
+                "top_p": 1.0,
+                "top_k": 0,
+                "seed": seed,
+                "ignore_eos": True,  # only what follows ends an answer, as it does in the trainer
+                "stop_token_ids": sorted(self._sampling.end_ids),
+                "logprobs": 0,
+                "return_token_ids": True,
+                "priority": LOW_PRIORITY,
+            }
+        )
         response = tuple(choice["token_ids"])
         logprobs = tuple(choice["logprobs"]["token_logprobs"])
         if len(response) != len(logprobs):
-            raise EngineError(f"{self._url} answered {len(response)} tokens with {len(logprobs)} logprobs")
+            raise EngineError(f"{self._engine.url} answered {len(response)} tokens with {len(logprobs)} logprobs")
         return Answer(query, response, response[-1] in self._sampling.end_ids, logprobs)
 
-    def _post(self, path: str, body: dict[str, object]) -> bytes:
-        request = Request(
-            self._url + path, json.dumps(body).encode(), {"Content-Type": "application/json"}, method="POST"
-        )
-        waits = iter(RETRY_SECONDS)
-        while True:
-            try:
-                with urlopen(request, timeout=self._timeout) as answer:
-                    return bytes(answer.read())
-            except HTTPError as error:
-                # 503: the queue is full of people's requests, which come first.
-                wait = next(waits, None) if error.code == 503 else None
-                if wait is None:
-                    said = error.read().decode(errors="replace")[:500]
-                    raise EngineError(f"{self._url}{path} answered {error.code}: {said}") from error
-                time.sleep(wait)
-            except OSError as error:
-                raise EngineError(f"{self._url}{path} cannot be reached: {error}") from error
+
+def forget_leftovers(home: Path, engine: Engine | None) -> None:
+    """Unload and remove the adapters of a run that died while an engine sampled for it."""
+    for folder in home.glob("*"):
+        if engine is not None:
+            with suppress(EngineError):  # it has been restarted since, or is not there
+                engine.unload(folder.name)
+    shutil.rmtree(home, ignore_errors=True)

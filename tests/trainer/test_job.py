@@ -1,8 +1,10 @@
 """The main path, from votes in the record to a candidate in the registry, on a model of a second."""
 
 import errno
+import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,18 +15,23 @@ from typing import Any
 
 import pytest
 import torch
+from pysqlite3 import dbapi2 as sqlite3
+from safetensors import SafetensorError
 from sqlite_utils import Database
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data import comparisons, keys, learning, registry, runs
+from data import comparisons, completions, keys, learning, registry, runs
 from data.database import connect, transaction
-from data.settings import Settings, TrainingSettings
+from data.settings import EngineSettings, Settings, TrainingSettings
 from data.types import Choice, Feedback, PolicyStatus, Role, RunStatus
-from trainer import job, ppo
+from tests.trainer.test_rollout import FakeEngine, running_engine
+from trainer import job, keeper
 from trainer.backbone import Backbone
 from trainer.encoding import ChatFormat
 from trainer.keeper import Cancelled
-from trainer.preferences import Split
+from trainer.preferences import Split, split_of
+from trainer.reward_model import RewardModel
+from trainer.rollout import Engine
 
 AddPair = Callable[..., str]
 Vote = Callable[..., None]
@@ -58,24 +65,23 @@ def settings(tmp_path: Path, model: Path, plain_environment: None) -> Settings:
 
 @pytest.fixture
 def vote(db: Database, add_pair: AddPair) -> Vote:
-    """One person chats and votes: short answers are better."""
+    """One person chats and votes: short answers are better, whichever side they are on."""
     with transaction(db):
         key, _ = keys.create(db, role=Role.USER, feedback=Feedback.AUTO, label="", actor="test")
 
-    def cast(number: int, choice: Choice = Choice.A) -> None:
-        messages = [{"role": "user", "content": f"question {number}"}]
-        pair = add_pair(key.id, answers=("yes", "no no"), messages=messages)
+    def cast(number: int, choice: Choice = Choice.A, *, question: str = "question") -> None:
+        messages = [{"role": "user", "content": f"{question} {number}"}]
+        answers = ("yes", "no no") if choice is not Choice.B else ("no no", "yes")
+        pair = add_pair(key.id, answers=answers, messages=messages)
         with transaction(db):
-            comparisons.vote(
-                db, pair, key_id=key.id, role=Role.USER, choice=choice, comment=None, window_s=600
-            )  # fmt: skip
+            comparisons.vote(db, pair, key_id=key.id, role=Role.USER, choice=choice, comment=None, window_s=600)
 
     return cast
 
 
 @pytest.fixture
 def voted(vote: Vote) -> None:
-    choices = [Choice.A] * 8 + [Choice.TIE, Choice.BOTH_BAD]
+    choices = [Choice.A, Choice.B] * 4 + [Choice.TIE, Choice.BOTH_BAD]
     for number in range(120):
         vote(number, choices[number % 10])
 
@@ -83,6 +89,13 @@ def voted(vote: Vote) -> None:
 def request(db: Database, **config: Any) -> str:
     with transaction(db):
         return runs.request(db, requested_by="test", config=config).id
+
+
+def changed(settings: Settings, *, engine: FakeEngine | None = None, **training: Any) -> Settings:
+    """The settings with other ones of training, and with this engine."""
+    urls = EngineSettings(urls=[engine.url] if engine else [])
+    update = {"training": settings.training.model_copy(update=training), "engine": urls}
+    return settings.model_copy(update=update)
 
 
 def test_a_run_turns_votes_into_a_candidate(settings: Settings, db: Database, voted: None) -> None:
@@ -113,62 +126,158 @@ def test_a_run_turns_votes_into_a_candidate(settings: Settings, db: Database, vo
     curves = runs.metrics(db, id)
     assert [step for step, _ in curves["ppo/score"]] == [0, 1, 2]
     assert {"reward/loss", "judge/loss", "ppo/kl", "ppo/length", "ppo/episodes_per_s"} <= curves.keys()
-    assert ("ppo", 3, 3) in seen
+    assert {"measuring/judge_win_rate", "measuring/facts", "measuring/ref_facts"} <= curves.keys()
+    last = {stage: (step, steps) for stage, step, steps in seen}
+    assert last["reward"][0] == last["reward"][1] > 1
+    assert last["judge"][0] == last["judge"][1] > 1
+    assert last["ppo"] == (3, 3)
+    assert last["measuring"] == (3, 3)
+    assert list(last)[-1] == "publishing"
 
 
 def test_nothing_queued_is_no_run(settings: Settings) -> None:
     assert job.once(settings) is None
 
 
+def test_a_run_can_be_asked_for_and_begun_at_once_unless_there_is_one(settings: Settings, db: Database) -> None:
+    run = job.once(settings, request={"seed": 3})
+    assert run is not None
+    assert (run.config, run.requested_by, run.status) == ({"seed": 3}, "cli", RunStatus.FAILED)
+    waiting = request(db)
+    with pytest.raises(runs.RunActive, match=waiting):
+        job.once(settings, request={})
+
+
+# What ends a run as failed, and the sentence that says what to do
+
+
+def failed(settings: Settings, db: Database, sentence: str) -> None:
+    """Run, and see that it failed with this sentence, that nothing came of it, and that another may begin."""
+    run = job.once(settings, request={})
+    assert run is not None
+    assert run.status is RunStatus.FAILED
+    assert re.search(sentence, run.error or ""), run.error
+    assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000"]
+    assert learning.reward_models(db) == []
+    assert list(settings.state.glob("*/.*.building")) == []
+    request(db)
+
+
 @pytest.mark.parametrize(
     ("choices", "sentence"),
     [
-        ([Choice.A] * 20, r"\d+ votes to train on, and training.min_votes is 40: collect more votes"),
+        ([Choice.A, Choice.B] * 10, r"\d+ votes to train on, and training.min_votes is 40: collect more votes\."),
         ([Choice.TIE] * 120, "0 votes to train on"),
+        ([Choice.BOTH_BAD] * 120, "0 votes to train on"),
+        ([Choice.A] * 100 + [Choice.TIE] * 20, r"Every vote is for the answer shown as 'a'.*`nightshift votes list`"),
     ],
+    ids=["few", "ties", "both bad", "one-sided"],
 )
-def test_too_few_votes_end_with_what_to_do(
+def test_votes_that_teach_nothing(
     settings: Settings, db: Database, vote: Vote, choices: list[Choice], sentence: str
 ) -> None:
     for number, choice in enumerate(choices):
         vote(number, choice)
-    request(db)
-    run = job.once(settings)
-    assert run is not None
-    assert run.status is RunStatus.FAILED
-    assert re.search(sentence, run.error or "")
-    assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000"]
+    failed(settings, db, sentence)
+
+
+def test_votes_of_which_none_is_left_to_measure_with(settings: Settings, db: Database, vote: Vote) -> None:
+    (user,) = [key.id for key in keys.list_all(db)]
+    for number in range(100):
+        conversation = completions.conversation_of(user, [{"role": "user", "content": f"question {number}"}])
+        if split_of(user, conversation) is Split.TRAIN:
+            vote(number, [Choice.A, Choice.B][number % 2])
+    failed(settings, db, "No vote on the judge side prefers an answer: collect more votes")
+
+
+def test_no_usable_prompt(settings: Settings, db: Database, vote: Vote) -> None:
+    for number in range(60):
+        vote(number, [Choice.A, Choice.B][number % 2], question="a question of more than 64 bytes " * 3)
+    failed(settings, db, r"0 votes to train on.*raise training.max_prompt_tokens.*beyond which 60 lie")
+
+
+def test_a_constant_reward(settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(RewardModel, "score", lambda self, answers: torch.zeros(len(answers)))
+    ppo_settings = settings.training.ppo | {"missing_end_score": 0.0}
+    failed(changed(settings, ppo=ppo_settings), db, "the reward is the same for every answer: collect more votes")
+
+
+@pytest.mark.parametrize("section", ["reward", "ppo"])
+def test_numbers_that_are_not_finite(settings: Settings, db: Database, voted: None, section: str) -> None:
+    wild = getattr(settings.training, section) | {"learning_rate": 1e30}
+    failed(changed(settings, **{section: wild}), db, "NaN or infinite: lower the learning rate")
+
+
+def out_of_memory(*args: object, **kwargs: object) -> None:
+    torch.empty(2**50)
+
+
+@pytest.mark.parametrize("where", ["trainer.reward_model.Optimizer", "trainer.ppo.Optimizer", "trainer.job.measure"])
+def test_no_memory(settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch, where: str) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(where, out_of_memory)
+        failed(settings, db, "Out of memory: lower microbatch_tokens")
 
 
 @pytest.mark.parametrize(
     ("error", "sentence"),
     [
-        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full"),
+        (OSError(errno.ENOSPC, "No space left on device"), "The disk is full: make room in the state folder"),
+        (SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)"), "disk is full"),
+        (sqlite3.OperationalError("database or disk is full"), "The disk is full"),
+        (sqlite3.OperationalError("database is locked"), "The record cannot be written .*nightshift doctor"),
+        (torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB."), "lower microbatch_tokens"),
         (MemoryError(), "lower microbatch_tokens"),
-        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried"), "lower microbatch_tokens"),
-        (ppo.CannotLearn("a gradient is NaN"), "a gradient is NaN"),
+        (ZeroDivisionError("division by zero"), "A fault in the trainer .ZeroDivisionError: division by zero"),
     ],
+    ids=lambda value: type(value).__name__,
 )
-def test_a_failure_leaves_no_candidate_and_the_next_run_starts(
+def test_a_failure_while_publishing(
     settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch, error: Exception, sentence: str
 ) -> None:
-    def fail(*args: object, **kwargs: object) -> None:
+    def fail(self: Backbone, name: str, folder: Path) -> None:
+        (folder / "adapter_model.safetensors").write_bytes(b"half")
         raise error
 
-    request(db)
     with monkeypatch.context() as patch:
         patch.setattr(Backbone, "publish", fail)
-        run = None
-        try:
-            run = job.once(settings)
-        except RuntimeError:
-            run = runs.list_runs(db)[0]
-    assert run is not None
-    assert run.status is RunStatus.FAILED
-    assert sentence in (run.error or "")
-    assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000"]
-    assert learning.reward_models(db) == []
-    request(db)
+        failed(settings, db, sentence)
+
+
+@pytest.mark.parametrize(
+    ("training", "sentence"),
+    [
+        ({"ppo": {"stpes": 3}}, r"training.ppo does not exist: .*'stpes'"),
+        ({"rank": 64}, "training.rank is 64, and the engine serves adapters up to engine.max_lora_rank = 16"),
+        ({"rollouts": "engine"}, "No running vLLM is known: start `nightshift up`.*training.rollouts"),
+    ],
+    ids=["a name", "a rank", "no engine"],
+)
+def test_settings_that_cannot_work(settings: Settings, db: Database, training: dict[str, Any], sentence: str) -> None:
+    failed(changed(settings, **training), db, sentence)
+
+
+def test_another_model_than_the_votes_are_for(settings: Settings, db: Database, tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(settings.model, other)
+    config = json.loads((other / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps(config | {"rope_theta": 1.0}))
+    failed(settings.model_copy(update={"model": str(other)}), db, "was made for another base model.*--model")
+
+
+def test_a_model_without_a_chat_template(settings: Settings, db: Database) -> None:
+    for name in ("chat_template.jinja", "tokenizer_config.json"):
+        path = Path(settings.model) / name
+        if path.suffix == ".jinja":
+            path.unlink()
+        else:
+            config = json.loads(path.read_text())
+            config.pop("chat_template", None)
+            path.write_text(json.dumps(config))
+    failed(settings, db, "cannot be trained: .*no chat template")
+
+
+# The wish to stop
 
 
 @pytest.mark.parametrize("stop", [Cancelled, KeyboardInterrupt])
@@ -190,47 +299,256 @@ def test_a_cancelled_run_leaves_nothing_half(
     assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000"]
 
 
+def test_a_run_that_was_given_up_for_dead_registers_nothing(settings: Settings, db: Database, voted: None) -> None:
+    id = request(db)
+
+    def watch(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        if stage == "publishing":
+            with transaction(db):
+                db.execute("UPDATE runs SET heartbeat_at = '2020-01-01T00:00:00.000Z' WHERE id = ?", (id,))
+                runs.give_up_the_dead(db)
+
+    run = job.once(settings, watch=watch)
+    assert run is not None
+    assert (run.status, "process died" in (run.error or "")) == (RunStatus.FAILED, True)
+    assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000"]
+    assert learning.reward_models(db) == []
+
+
+# The engine
+
+
 @pytest.fixture
-def running(settings: Settings, db: Database, voted: None) -> Iterator[subprocess.Popen[bytes]]:
-    """A run in a process of its own, in the middle of PPO."""
-    overrides = {
+def vllm() -> Iterator[FakeEngine]:
+    with running_engine() as server:
+        yield server
+
+
+def test_the_engine_writes_the_answers_and_keeps_no_adapter(
+    settings: Settings, db: Database, voted: None, vllm: FakeEngine
+) -> None:
+    home = settings.state / "rollouts"
+    (home / "rollout-run_dead-00002").mkdir(parents=True)
+    vllm.loaded["rollout-run_dead-00002"] = str(home / "rollout-run_dead-00002")
+    run = job.once(changed(settings, engine=vllm, rollouts="engine", wait_for_chat_s=0), request={})
+    assert run is not None
+    assert (run.status, run.error) == (RunStatus.SUCCEEDED, None)
+    asked = [body for path, body in vllm.bodies if path == "/v1/completions"]
+    assert len(asked) == 3 * 8
+    assert {body["model"] for body in asked} == {f"rollout-{run.id}-{step:05d}" for step in range(3)}
+    assert not vllm.loaded
+    assert list(home.iterdir()) == []
+
+
+def test_an_engine_that_refuses_ends_the_run_and_keeps_no_adapter(
+    settings: Settings, db: Database, voted: None, vllm: FakeEngine
+) -> None:
+    vllm.refuse_after = 10
+    failed(changed(settings, engine=vllm, rollouts="engine"), db, r"answered 400: .*too long.*training.rollouts")
+    assert not vllm.loaded
+    assert list((settings.state / "rollouts").iterdir()) == []
+
+
+@pytest.mark.parametrize("rollouts", ["auto", "local"])
+def test_on_a_cpu_the_trainer_writes_the_answers_itself(
+    settings: Settings, db: Database, voted: None, vllm: FakeEngine, rollouts: str
+) -> None:
+    run = job.once(changed(settings, engine=vllm, rollouts=rollouts), request={})
+    assert run is not None
+    assert run.status is RunStatus.SUCCEEDED
+    assert vllm.bodies == []
+
+
+def test_the_engine_is_the_one_named_or_the_one_that_up_started(settings: Settings, vllm: FakeEngine) -> None:
+    assert job.find_engine(settings) is None
+    (settings.state / "engine.json").write_text('{"url": "http://127.0.0.1:1234", "key": "secret"}')
+    assert job.find_engine(settings) == Engine("http://127.0.0.1:1234", "secret")
+    assert job.find_engine(changed(settings, engine=vllm)) == Engine(vllm.url)
+
+
+# Manners
+
+
+def test_training_waits_while_people_are_answered_but_not_for_ever(
+    settings: Settings, db: Database, voted: None, vllm: FakeEngine
+) -> None:
+    """Nobody leaves in the reward model's steps; in the first of PPO they do."""
+    vllm.people = 1
+    waits: dict[str, list[float]] = {}
+
+    def watch(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        if "waited_s" in figures:
+            waits.setdefault(stage, []).append(figures["waited_s"])
+            if stage == "ppo":
+                vllm.people = 0
+
+    run = job.once(changed(settings, engine=vllm, wait_for_chat_s=0.01), request={}, watch=watch)
+    assert run is not None
+    assert run.status is RunStatus.SUCCEEDED
+    assert len(waits["reward"]) > 1
+    assert len(waits["ppo"]) == 1
+    assert "measuring" not in waits
+
+
+def test_a_run_that_waits_can_be_cancelled(
+    settings: Settings, db: Database, voted: None, vllm: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "BEAT_S", 0.05)
+    vllm.people = 1
+    id = request(db)
+
+    def watch(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        if "waited_s" in figures:
+            with transaction(db):
+                runs.cancel(db, id, actor="test")
+
+    run = job.once(changed(settings, engine=vllm, wait_for_chat_s=3600), watch=watch)
+    assert run is not None
+    assert run.status is RunStatus.CANCELLED
+
+
+# Sudden death
+
+
+def test_what_a_killed_run_left_is_cleared_away(settings: Settings, db: Database, voted: None) -> None:
+    run = job.once(settings, request={})
+    assert run is not None
+    kept = {path for path in settings.state.glob("*/*") if path.is_dir()}
+    for left in ("policies/.policy-0002.building", "reward_models/.rm_0.building", "reward_models/rm_0"):
+        (settings.state / left).mkdir()
+        (settings.state / left / "adapter_model.safetensors").write_bytes(b"half")
+    (settings.state / "policies/policy-0002").mkdir()  # in its place, but not registered: it is written anew
+    run = job.once(settings, request={})
+    assert run is not None
+    assert run.status is RunStatus.SUCCEEDED
+    policies = registry.list_policies(db)
+    assert [policy.name for policy in policies] == ["policy-0000", "policy-0001", "policy-0002"]
+    for policy in policies:
+        registry.checked_folder(settings.state, policy)
+    new = {settings.state / policies[2].path, settings.state / learning.reward_models(db)[0].path}
+    assert {path for path in settings.state.glob("*/*") if path.is_dir()} == kept | new
+
+
+def environment_of(settings: Settings, **ppo_settings: float) -> dict[str, str]:
+    """What a trainer in a process of its own needs to learn from this record."""
+    ppo_settings = {"steps": 2, "rollouts": 8, "minibatch": 4, "kl_budget": 1e9} | ppo_settings
+    return os.environ | {
         "NIGHTSHIFT_STATE": str(settings.state), "NIGHTSHIFT_MODEL": settings.model,
         "NIGHTSHIFT_TRAINING__MIN_VOTES": "40", "NIGHTSHIFT_TRAINING__RANK": "8",
         "NIGHTSHIFT_TRAINING__MAX_ANSWER_TOKENS": "8", "NIGHTSHIFT_TRAINING__BF16": "false",
-        "NIGHTSHIFT_TRAINING__PPO": '{"steps": 10000, "rollouts": 8, "minibatch": 4, "kl_budget": 1e9}',
-        "PYTHONPATH": os.pathsep.join(sys.path),
+        "NIGHTSHIFT_TRAINING__PPO": json.dumps(ppo_settings),
+        "PYTHONPATH": os.pathsep.join(sys.path), "OMP_NUM_THREADS": "1",
     }  # fmt: skip
-    process = subprocess.Popen([sys.executable, "-m", "trainer", "once", "--request"], env=os.environ | overrides)
-    deadline = time.monotonic() + 90
+
+
+def in_ppo(db: Database, process: subprocess.Popen[Any]) -> None:
+    """Wait until a run is in the middle of PPO."""
+    deadline = time.monotonic() + 240
     while process.poll() is None and time.monotonic() < deadline:
         if any(name.startswith("ppo/") for run in runs.list_runs(db) for name in runs.metrics(db, run.id)):
             break
         time.sleep(0.1)
     assert process.poll() is None, "it ended before PPO"
-    yield process
-    if process.poll() is None:
-        process.kill()
-        process.wait()
 
 
+KILLED_WHILE_PUBLISHING = """
+import os, signal, sys
+from trainer import __main__
+from trainer.backbone import Backbone
+from data import registry
+
+def die(*args, **kwargs):
+    os.kill(os.getpid(), signal.SIGKILL)
+
+if sys.argv.pop(1) == "writing":
+    write = Backbone.publish
+    Backbone.publish = lambda self, name, folder: (write(self, name, folder), name == "policy" and die())
+else:
+    registry.insert = die
+sys.argv = ["trainer", "once", "--request"]
+__main__.main()
+"""
+
+
+@pytest.mark.parametrize("moment", ["ppo", "writing", "registering"])
 def test_after_sigkill_the_next_run_starts_by_itself(
-    settings: Settings, db: Database, running: subprocess.Popen[bytes], monkeypatch: pytest.MonkeyPatch
+    settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch, moment: str
 ) -> None:
-    running.send_signal(signal.SIGKILL)
-    running.wait(timeout=10)
+    command = ["-m", "trainer", "once", "--request"] if moment == "ppo" else ["-c", KILLED_WHILE_PUBLISHING, moment]
+    environment = environment_of(settings, steps=10_000 if moment == "ppo" else 1)
+    with subprocess.Popen([sys.executable, *command], env=environment) as process:
+        if moment == "ppo":
+            in_ppo(db, process)
+            process.kill()
+        assert process.wait(timeout=240) == -signal.SIGKILL
     (dead,) = runs.list_runs(db)
     assert dead.status is RunStatus.RUNNING
+    assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000"]
+    with pytest.raises(runs.RunActive), transaction(db):  # until its heartbeat is old
+        runs.request(db, requested_by="test", config={})
+
     monkeypatch.setattr(runs, "HEARTBEAT_STALE_S", 0.0)
-    id = request(db)
-    run = job.once(settings)
+    run = job.once(settings, request={})
     assert run is not None
-    assert (run.id, run.status) == (id, RunStatus.SUCCEEDED)
+    assert run.status is RunStatus.SUCCEEDED
     assert runs.get(db, dead.id).status is RunStatus.FAILED
-    assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000", "policy-0001"]
+    base, candidate = registry.list_policies(db)
+    assert registry.checked_folder(settings.state, candidate)
+    (reward,) = learning.reward_models(db)
+    folders = {path.name for path in settings.state.glob("*/*") if path.is_dir()}
+    assert folders == {base.name, candidate.name, reward.id}
 
 
-def test_ctrl_c_cancels_the_run(db: Database, running: subprocess.Popen[bytes]) -> None:
-    running.send_signal(signal.SIGINT)
-    assert running.wait(timeout=30) == 130
+# The command
+
+
+def nightshift_train(settings: Settings, *arguments: str, **ppo_settings: float) -> subprocess.Popen[str]:
+    return subprocess.Popen(
+        [sys.executable, "-m", "service.cli", "train", *arguments], env=environment_of(settings, **ppo_settings),
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+
+
+def test_nightshift_train_ends_with_the_run_as_json(settings: Settings, db: Database, voted: None) -> None:
+    with nightshift_train(settings, "--json", "--seed", "5", "--state", str(settings.state)) as process:
+        output, progress = process.communicate(timeout=240)
+    assert process.returncode == 0, progress
+    (line,) = output.splitlines()
+    (run,) = runs.list_runs(db)
+    said = json.loads(line)
+    assert (said["id"], said["status"], said["config"]) == (run.id, "succeeded", {"seed": 5})
+    assert said["policy"] == "policy-0001"
+    for stage in ("loading the model", "reward", "judge", "ppo", "measuring", "publishing"):
+        assert re.search(rf"^{stage} ", progress, re.MULTILINE), progress
+    assert re.search(r"^ppo +2/2 .*reward .*KL .*tokens .*episodes/s", progress, re.MULTILINE), progress
+
+
+def test_nightshift_train_passes_the_failure_on(settings: Settings, db: Database) -> None:
+    with nightshift_train(settings, "--json") as process:
+        output, _ = process.communicate(timeout=240)
+    assert process.returncode == 1
+    said = json.loads(output.splitlines()[-1])
+    assert (said["status"], said["policy"]) == ("failed", None)
+    assert "collect more votes" in said["error"]
+    id = request(db)
+    with nightshift_train(settings) as process:
+        _, errors = process.communicate(timeout=240)
+    assert process.returncode == 1
+    assert f"{id} is queued or running already" in errors
+
+
+@pytest.mark.parametrize("who", ["everyone, twice", "the command"])
+def test_ctrl_c_cancels_the_run(settings: Settings, db: Database, voted: None, who: str) -> None:
+    with nightshift_train(settings, steps=10_000) as process:
+        in_ppo(db, process)
+        if who == "the command":
+            process.send_signal(signal.SIGINT)
+        else:  # what a terminal does, under an impatient finger
+            os.killpg(process.pid, signal.SIGINT)
+            os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130, errors
+    assert "Traceback" not in errors
     (run,) = runs.list_runs(db)
     assert run.status is RunStatus.CANCELLED
+    assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000"]

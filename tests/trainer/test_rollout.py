@@ -2,6 +2,7 @@ import json
 import threading
 import time
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -11,7 +12,7 @@ from accelerate import Accelerator
 
 from trainer import rollout
 from trainer.backbone import Backbone
-from trainer.rollout import EngineError, EngineSampler, LocalSampler, Sampling
+from trainer.rollout import Engine, EngineError, EngineSampler, LocalSampler, Sampling, forget_leftovers
 
 MakeBackbone = Callable[..., Backbone]
 QUERIES = [(3, 4, 5), (6,), (7, 8, 9, 10, 11, 12), (3,), (9, 9)]
@@ -51,51 +52,92 @@ def test_an_answer_stops_at_the_limit(tiny_backbone: MakeBackbone) -> None:
     assert not any(a.finished for a in answers)
 
 
-class Engine(ThreadingHTTPServer):
-    """Speaks vLLM's wire as far as rollouts use it."""
+class FakeEngine(ThreadingHTTPServer):
+    """Speaks vLLM's wire as far as the trainer uses it."""
 
     def __init__(self) -> None:
         super().__init__(("127.0.0.1", 0), Handler)
+        self.key = ""
         self.bodies: list[tuple[str, dict]] = []
         self.loaded: dict[str, str] = {}
         self.busy = self.busiest = 0
-        self.refusals = 0
+        self.full = 0
+        """So many more completions are answered 503."""
+        self.refuse_after = 10**9
+        """Completions after so many are answered 400."""
+        self.people = 0
+        """Requests that somebody else has running."""
         self.lock = threading.Lock()
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_port}"
 
 
 class Handler(BaseHTTPRequestHandler):
-    server: Engine
+    server: FakeEngine
+
+    def do_GET(self) -> None:
+        if self.path == "/metrics":
+            lines = [
+                "# TYPE vllm:num_requests_running gauge",
+                f'vllm:num_requests_running{{engine="0",model_name="base"}} {self.server.people:.1f}',
+                f'vllm:num_requests_waiting{{engine="0",model_name="base"}} {self.server.busy:.1f}',
+                'vllm:num_requests_waiting_by_reason{engine="0",model_name="base",reason="capacity"} 7.0',
+            ]
+            self.answer(200, "\n".join(lines).encode())
+        elif self.permitted():
+            self.answer(200, {"data": []})
 
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         engine = self.server
+        if not self.permitted():
+            return
         with engine.lock:
             engine.bodies.append((self.path, body))
             engine.busy += 1
             engine.busiest = max(engine.busiest, engine.busy)
-            refused = engine.refusals > 0 and self.path == "/v1/completions"
-            engine.refusals -= refused
-        if refused:
-            self.answer(503, {"error": {"message": "queue is full"}})
-        elif self.path == "/v1/load_lora_adapter":
+            completion = self.path == "/v1/completions"
+            full = engine.full > 0 and completion
+            engine.full -= full
+            engine.refuse_after -= completion
+        try:
+            status, answer = self.respond(body, full=full)
+        finally:
+            with engine.lock:
+                engine.busy -= 1
+        self.answer(status, answer)
+
+    def respond(self, body: dict, *, full: bool) -> tuple[int, dict]:
+        engine = self.server
+        if full:
+            return 503, {"error": {"message": "queue is full"}}
+        if self.path == "/v1/load_lora_adapter":
             assert Path(body["lora_path"], "adapter_model.safetensors").exists()
             engine.loaded[body["lora_name"]] = body["lora_path"]
-            self.answer(200, {})
-        elif self.path == "/v1/unload_lora_adapter":
-            del engine.loaded[body["lora_name"]]
-            self.answer(200, {})
-        elif body["model"] not in engine.loaded:
-            self.answer(404, {"error": {"message": f"The model {body['model']} does not exist."}})
-        else:
-            time.sleep(0.02)
-            tokens = [body["seed"] % 20 + 5, 2]
-            choice = {"token_ids": tokens, "logprobs": {"token_logprobs": [-0.5, -0.25]}, "text": "?"}
-            self.answer(200, {"choices": [choice]})
+            return 200, {}
+        if self.path == "/v1/unload_lora_adapter":
+            return 200 if engine.loaded.pop(body["lora_name"], None) else 404, {}
+        if body["model"] not in engine.loaded:
+            return 404, {"error": {"message": f"The model {body['model']} does not exist."}}
+        if engine.refuse_after < 0:
+            return 400, {"error": {"message": "the prompt is too long"}}
+        time.sleep(0.02)
+        assert Path(engine.loaded[body["model"]]).exists(), "its folder went before its last request"
+        tokens = [body["seed"] % 20 + 5, 2]
+        choice = {"token_ids": tokens, "logprobs": {"token_logprobs": [-0.5, -0.25]}, "text": "?"}
+        return 200, {"choices": [choice]}
 
-    def answer(self, status: int, body: dict) -> None:
-        with self.server.lock:
-            self.server.busy -= 1
-        data = json.dumps(body).encode()
+    def permitted(self) -> bool:
+        key = self.server.key
+        if key and self.headers["Authorization"] != f"Bearer {key}":
+            self.answer(401, {"error": "Unauthorized"})
+            return False
+        return True
+
+    def answer(self, status: int, body: dict | bytes) -> None:
+        data = body if isinstance(body, bytes) else json.dumps(body).encode()
         self.send_response(status)
         self.send_header("Content-Length", str(len(data)))
         self.end_headers()
@@ -105,25 +147,33 @@ class Handler(BaseHTTPRequestHandler):
         pass
 
 
-@pytest.fixture
-def engine() -> Iterator[Engine]:
-    with Engine() as server:
+@contextmanager
+def running_engine() -> Iterator[FakeEngine]:
+    with FakeEngine() as server:
         thread = threading.Thread(target=server.serve_forever)
         thread.start()
-        yield server
-        server.shutdown()
-        thread.join()
+        try:
+            yield server
+        finally:
+            server.shutdown()
+            thread.join()
 
 
 @pytest.fixture
-def engine_sampler(engine: Engine, tiny_backbone: MakeBackbone, tmp_path: Path) -> EngineSampler:
+def engine() -> Iterator[FakeEngine]:
+    with running_engine() as server:
+        yield server
+
+
+@pytest.fixture
+def engine_sampler(engine: FakeEngine, tiny_backbone: MakeBackbone, tmp_path: Path) -> EngineSampler:
     return EngineSampler(
-        tiny_backbone("policy"), "policy", SAMPLING, url=f"http://127.0.0.1:{engine.server_port}",
-        folder=tmp_path / "run_1", accelerator=Accelerator(), in_flight=3,
+        tiny_backbone("policy"), "policy", SAMPLING, engine=Engine(engine.url), home=tmp_path / "rollouts",
+        name="rollout-run_1", accelerator=Accelerator(), in_flight=3,
     )  # fmt: skip
 
 
-def test_the_engine_answers_with_tokens_and_its_logprobs(engine: Engine, engine_sampler: EngineSampler) -> None:
+def test_the_engine_answers_with_tokens_and_its_logprobs(engine: FakeEngine, engine_sampler: EngineSampler) -> None:
     answers = engine_sampler(QUERIES * 3, range(15))
     assert [a.query for a in answers] == QUERIES * 3
     assert [a.response for a in answers] == [(seed % 20 + 5, 2) for seed in range(15)]
@@ -140,37 +190,101 @@ def test_the_engine_answers_with_tokens_and_its_logprobs(engine: Engine, engine_
 
 
 def test_every_call_publishes_the_adapter_under_a_new_name_and_cleans_up(
-    engine: Engine, engine_sampler: EngineSampler, tmp_path: Path
+    engine: FakeEngine, engine_sampler: EngineSampler, tmp_path: Path
 ) -> None:
     for _ in range(2):
         engine_sampler(QUERIES, range(5))
     names = [body["lora_name"] for path, body in engine.bodies if path == "/v1/load_lora_adapter"]
     assert len(set(names)) == 2
     assert not engine.loaded
-    assert list((tmp_path / "run_1").iterdir()) == []
+    assert list((tmp_path / "rollouts").iterdir()) == []
+
+
+def test_a_relative_folder_reaches_the_engine_as_an_absolute_one(
+    engine: FakeEngine, tiny_backbone: MakeBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    sampler = EngineSampler(
+        tiny_backbone("policy"), "policy", SAMPLING, engine=Engine(engine.url), home=Path("var/rollouts"), name="r",
+        accelerator=Accelerator(),
+    )  # fmt: skip
+    sampler(QUERIES, range(5))
+    assert engine.bodies[0][1]["lora_path"] == str(tmp_path / "var/rollouts/r-00000")
 
 
 def test_a_full_queue_is_waited_for(
-    engine: Engine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
+    engine: FakeEngine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rollout, "RETRY_SECONDS", (0.01, 0.01))
-    engine.refusals = 2
+    engine.full = 2
     assert len(engine_sampler(QUERIES, range(5))) == 5
 
 
 def test_a_queue_that_stays_full_ends_with_what_the_engine_said(
-    engine: Engine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
+    engine: FakeEngine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rollout, "RETRY_SECONDS", (0.01,))
-    engine.refusals = 100
+    engine.full = 100
     with pytest.raises(EngineError, match=r"answered 503: .*queue is full"):
         engine_sampler(QUERIES, range(5))
 
 
-def test_an_engine_that_is_not_there_is_named(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+def test_after_a_refusal_nothing_of_the_adapter_is_left_and_nothing_was_taken_from_a_running_request(
+    engine: FakeEngine, engine_sampler: EngineSampler, tmp_path: Path
+) -> None:
+    engine.refuse_after = 7
+    with pytest.raises(EngineError, match=r"answered 400: .*too long"):
+        engine_sampler(QUERIES * 4, range(20))
+    assert not engine.loaded
+    assert engine.busy == 0
+    assert list((tmp_path / "rollouts").iterdir()) == []
+
+
+def test_an_interrupt_leaves_nothing_of_the_adapter(
+    engine: FakeEngine, engine_sampler: EngineSampler, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupt(*args: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Engine, "complete", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        engine_sampler(QUERIES, range(5))
+    assert not engine.loaded
+    assert list((tmp_path / "rollouts").iterdir()) == []
+
+
+def test_an_engine_that_is_not_there_is_named_and_no_folder_stays(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
     sampler = EngineSampler(
-        tiny_backbone("policy"), "policy", SAMPLING, url="http://127.0.0.1:1", folder=tmp_path,
-        accelerator=Accelerator(),
+        tiny_backbone("policy"), "policy", SAMPLING, engine=Engine("http://127.0.0.1:1"), home=tmp_path / "rollouts",
+        name="r", accelerator=Accelerator(),
     )  # fmt: skip
     with pytest.raises(EngineError, match=r"127\.0\.0\.1:1/v1/load_lora_adapter cannot be reached"):
         sampler(QUERIES, range(5))
+    assert list((tmp_path / "rollouts").iterdir()) == []
+
+
+def test_what_a_dead_run_left_is_unloaded_and_removed(engine: FakeEngine, tmp_path: Path) -> None:
+    home = tmp_path / "rollouts"
+    for name in ("rollout-run_1-00003", "rollout-run_1-00004"):
+        (home / name).mkdir(parents=True)
+        (home / name / "adapter_model.safetensors").touch()
+    Engine(engine.url).load("rollout-run_1-00004", home / "rollout-run_1-00004")
+    forget_leftovers(home, Engine(engine.url))
+    assert not engine.loaded
+    assert not home.exists()
+    forget_leftovers(home, None)
+
+
+def test_an_engine_asks_for_its_key(engine: FakeEngine) -> None:
+    engine.key = "secret"
+    Engine(engine.url, "secret").check()
+    with pytest.raises(EngineError, match="401"):
+        Engine(engine.url, "guess").check()
+
+
+def test_requests_are_those_that_run_and_those_that_wait(engine: FakeEngine) -> None:
+    engine.people, engine.busy = 2, 1
+    assert Engine(engine.url).requests() == 3
+    engine.people, engine.busy = 0, 0
+    assert Engine(engine.url).requests() == 0
+    assert Engine("http://127.0.0.1:1").requests() == 0, "who cannot be asked is not waited for"

@@ -27,12 +27,16 @@ MISSED_CHECKS = 3
 """Health checks in a row that a busy engine may let time out before it counts as gone."""
 
 
-class EngineProblem(RuntimeError):
-    """Why an engine cannot answer yet."""
+class EngineProblem(Exception):
+    """Why an engine cannot answer yet, in words for anybody; `raw`, the engine's own or a path, is for the operator."""
+
+    def __init__(self, message: str, raw: str) -> None:
+        super().__init__(message)
+        self.raw = raw
 
 
-WATCH_SURVIVES = (RuntimeError, aiohttp.ClientError, LookupError, ValueError, OSError, sqlite3.Error)
-"""What an engine, a policy's folder or the record can do wrong: said in /readyz, then tried again."""
+UNREADABLE = (RuntimeError, LookupError, ValueError, OSError, sqlite3.Error)
+"""What a policy's folder or the record can do wrong: logged, then tried again."""
 
 
 @dataclass(slots=True)
@@ -42,17 +46,22 @@ class Engine:
     url: str
     ready: bool = False
     problem: str = "not looked at yet"
+    """What it waits for or lacks. /readyz shows it to anybody: no path, no address, no word of vLLM's own."""
+    logged: str = ""
+    """What the operator was told of it last."""
     in_flight: int = 0
     context_length: int | None = None
     """Tokens of prompt and answer together."""
     missed: int = 0
     wake: asyncio.Event = field(default_factory=asyncio.Event)
 
-    def lost(self, problem: str) -> None:
-        """Take it out of traffic and look at it again at once."""
-        if self.ready:
-            log.warning("%s left traffic: %s", self.url, problem)
-        self.ready, self.problem = False, problem
+    def lost(self, problem: str, raw: str = "") -> None:
+        """Take it out of traffic and look at it again at once; `raw` is logged beside `problem`, and no one else's."""
+        why = f"{problem}: {raw}" if raw else problem
+        if self.ready or why != self.logged:
+            log.warning("%s gets no traffic: %s", self.url, why)
+        self.logged = why
+        self.ready, self.problem = False, f"{problem}; the log says why" if raw else problem
         self.wake.set()
 
 
@@ -98,7 +107,8 @@ class Engines:
 
     @property
     def problems(self) -> list[str]:
-        return [f"{engine.url}: {engine.problem}" for engine in self.engines if not engine.ready]
+        """What keeps each engine that is not ready, in words for anybody."""
+        return [f"engine {number}: {e.problem}" for number, e in enumerate(self.engines, 1) if not e.ready]
 
     @property
     def context_length(self) -> int | None:
@@ -125,14 +135,14 @@ class Engines:
                         timeout=CHAT_TIMEOUT,
                     )
                 except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-                    engine.lost(str(error))  # nothing was sent: another engine may take it
+                    engine.lost("it cannot be reached", str(error))  # nothing was sent: another engine may take it
                     continue
                 except aiohttp.ClientError as error:
                     engine.wake.set()
                     raise engine_failed(type(error).__name__) from error
                 try:
                     if response.status == 404:
-                        engine.lost(f"it lost a policy ({(await response.text())[:200]})")
+                        engine.lost("it lost a policy", (await response.text())[:500])
                         continue
                     if response.status != 200:
                         engine.wake.set()  # look at it soon, whatever it was
@@ -159,8 +169,14 @@ class Engines:
             except aiohttp.ClientConnectorError:
                 engine.lost("it does not listen yet: vLLM starts, or is down")
                 engine.wake.clear()
-            except WATCH_SURVIVES as error:
-                engine.lost(str(error) or type(error).__name__)
+            except EngineProblem as error:
+                engine.lost(str(error), error.raw)
+                engine.wake.clear()
+            except aiohttp.ClientError as error:
+                engine.lost("it gives no answer", str(error) or type(error).__name__)
+                engine.wake.clear()
+            except UNREADABLE as error:
+                engine.lost("its policy cannot be read", str(error) or type(error).__name__)
                 engine.wake.clear()
             else:
                 engine.missed = 0
@@ -171,14 +187,15 @@ class Engines:
         """Check health; load what is missing; warm up; only then let traffic in."""
         async with self._http.get(f"{engine.url}/health", timeout=HEALTH_TIMEOUT) as response:
             if response.status != 200:
-                raise EngineProblem(f"/health answers {response.status}")
+                raise EngineProblem("it is not healthy", f"/health answers {response.status}")
         async with self._http.get(f"{engine.url}/v1/models", timeout=HEALTH_TIMEOUT) as response:
             if response.status != 200:
-                raise EngineProblem(f"/v1/models answers {response.status}: is engine.api_key right?")
+                raw = f"/v1/models answers {response.status}. Is engine.api_key right?"
+                raise EngineProblem("it does not say what it holds", raw)
             try:
                 held = {model["id"]: model for model in (await response.json())["data"]}
-            except (ValueError, LookupError, TypeError):
-                raise EngineProblem("/v1/models does not answer as vLLM does: is this URL right?") from None
+            except (aiohttp.ContentTypeError, ValueError, LookupError, TypeError):
+                raise EngineProblem("it does not answer as vLLM does", "/v1/models. Is this URL right?") from None
         wanted = self._wanted()
         if engine.ready and all(policy.name in held for policy in wanted):
             return
@@ -188,11 +205,11 @@ class Engines:
             if policy.name not in held:
                 await self._load(engine, policy.name, folder)
             elif (root := held[policy.name].get("root")) != str(folder):
-                raise EngineProblem(f"it holds another {policy.name}, from {root}: restart that server")
+                raise EngineProblem(f"it holds another {policy.name}", f"it is from {root}. Restart that server")
             await self._warm(engine, policy.name)
         lengths = (model.get("max_model_len") for model in held.values())
         engine.context_length = min((length for length in lengths if length), default=None)
-        engine.ready, engine.problem = True, ""
+        engine.ready, engine.problem, engine.logged = True, "", ""
         if all(other.ready for other in self.engines):
             await self._confirmed()
         log.info("%s is ready with %s", engine.url, ", ".join(policy.name for policy in wanted))
@@ -203,7 +220,7 @@ class Engines:
         url = f"{engine.url}/v1/load_lora_adapter"
         async with self._http.post(url, json=request, timeout=LOAD_TIMEOUT) as response:
             if response.status != 200:
-                raise EngineProblem(f"it refused to load {name}: {(await response.text())[:500]}")
+                raise EngineProblem(f"it refused {name}", (await response.text())[:500])
 
     async def _warm(self, engine: Engine, name: str) -> None:
         # The first request after a start can take half a minute; nobody should wait for it.
@@ -212,7 +229,7 @@ class Engines:
         url = f"{engine.url}/v1/chat/completions"
         async with self._http.post(url, json=request, timeout=LOAD_TIMEOUT) as response:
             if response.status != 200:
-                raise EngineProblem(f"the warm-up of {name} failed: {(await response.text())[:500]}")
+                raise EngineProblem(f"the warm-up of {name} failed", (await response.text())[:500])
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> ApiError:

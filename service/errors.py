@@ -1,5 +1,6 @@
 """Errors as OpenAI shapes them: {"error": {"message", "type", "code", "param"}}, and what to do in the message."""
 
+import logging
 from typing import Any
 
 from fastapi import FastAPI, Request
@@ -7,6 +8,8 @@ from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from pysqlite3 import dbapi2 as sqlite3
 from starlette.exceptions import HTTPException
+
+log = logging.getLogger("nightshift")
 
 
 class ApiError(HTTPException):
@@ -57,10 +60,11 @@ def engine_failed(detail: str) -> ApiError:
 
 
 def storage_unavailable(error: Exception) -> ApiError:
+    log.error("The record could not be written or read: %s", error)
     return ApiError(
         503,
-        f"The record could not be written or read ({error}). Nothing was acknowledged; the operator should check the"
-        " disk. Try again later.",
+        "The record could not be written or read. Nothing was acknowledged; the operator should check the disk, and"
+        " will find more in the log. Try again later.",
         type="server_error",
         code="storage_unavailable",
         retry_after_s=10,

@@ -147,6 +147,7 @@ async def up(
         model = find_model(settings.model)
         token = _prepare_record(settings, model, make_key=make_key)
         children = _children(settings, model)
+        note(f"the logs are in {settings.state / 'logs'}")
         try:
             for child in children:
                 child.watcher = asyncio.create_task(child.watch())
@@ -353,7 +354,7 @@ def _problem(url: str) -> str | None:
             return None
     except urllib.error.HTTPError as error:
         with suppress(ValueError, KeyError, IndexError):
-            return f"the engine at {json.loads(error.read())['error']['engines'][0]}"
+            return str(json.loads(error.read())["error"]["engines"][0])
         return f"{url} answers {error.code}"
     except OSError:
         return "the API starts"

@@ -19,6 +19,8 @@ async def reasons(house: House) -> list[str]:
         return []
     assert answer.status == 503
     assert answer.headers["Retry-After"]
+    for private in ("http", "/", "sha256", "CUDA", "LoRA rank"):
+        assert private not in answer.body.decode(), "an address, a path or the engine's own words are shown to anybody"
     engines: list[str] = answer.json["error"]["engines"]
     return engines
 
@@ -32,12 +34,17 @@ async def says(house: House, *words: str) -> None:
     await eventually(said)
 
 
+def told(caplog: pytest.LogCaptureFixture, *words: str) -> int:
+    """How many lines the operator was given with all of these words."""
+    return sum(all(word in record.getMessage() for word in words) for record in caplog.records)
+
+
 async def test_an_engine_is_ready_after_it_loaded_and_answered_a_warm_up(
     open_house: OpenHouse, engine: FakeEngine
 ) -> None:
     engine.warm_up_gate = asyncio.Event()
     house = await open_house(engine, ready=False)
-    await says(house, engine.url, "warming up policy-0000")
+    await says(house, "engine 1: warming up policy-0000")
     assert (await house.chat()).status == 503
     assert registry.serving(house.state.reader).status is PolicyStatus.PROMOTED  # type: ignore[union-attr]
     engine.warm_up_gate.set()
@@ -67,7 +74,7 @@ async def test_a_restarted_engine_gets_its_policies_back_before_it_gets_traffic(
 ) -> None:
     assert (await house.chat()).status == 200
     await engine.stop()
-    await says(house, engine.url, "does not listen")
+    await says(house, "engine 1", "does not listen")
     engine.events.clear()
     await engine.start()
     await eventually(house.is_ready)
@@ -93,11 +100,12 @@ async def test_an_engine_gets_no_traffic_while_its_policy_is_given_back(house: H
 
 
 async def test_an_engine_that_refuses_the_policy_stays_out_and_says_why(
-    open_house: OpenHouse, engine: FakeEngine
+    open_house: OpenHouse, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.refuses_load = Refusal(400, "LoRA rank 64 is greater than max_lora_rank 16.")
     house = await open_house(engine, ready=False)
-    await says(house, engine.url, "refused to load policy-0000", "LoRA rank 64 is greater")
+    await says(house, "engine 1: it refused policy-0000", "the log says why")
+    assert told(caplog, engine.url, "it refused policy-0000", "LoRA rank 64 is greater")
     assert (await house.chat()).status == 503
     assert engine.chats == []
     engine.refuses_load = None
@@ -105,21 +113,23 @@ async def test_an_engine_that_refuses_the_policy_stays_out_and_says_why(
 
 
 async def test_an_engine_that_fails_the_warm_up_stays_out_and_says_why(
-    open_house: OpenHouse, engine: FakeEngine
+    open_house: OpenHouse, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.refuses_warm_up = Refusal(500, "CUDA out of memory")
     house = await open_house(engine, ready=False)
-    await says(house, engine.url, "warm-up of policy-0000 failed", "CUDA out of memory")
+    await says(house, "warm-up of policy-0000 failed", "the log says why")
+    assert told(caplog, engine.url, "warm-up of policy-0000 failed", "CUDA out of memory")
     engine.refuses_warm_up = None
     await eventually(house.is_ready)
 
 
 async def test_an_engine_that_holds_another_folder_under_the_name_is_a_problem(
-    open_house: OpenHouse, engine: FakeEngine
+    open_house: OpenHouse, engine: FakeEngine, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.adapters["policy-0000"] = "/somewhere/else"
     house = await open_house(engine, ready=False)
-    await says(house, engine.url, "another policy-0000", "/somewhere/else", "restart that server")
+    await says(house, "it holds another policy-0000")
+    assert told(caplog, engine.url, "another policy-0000", "/somewhere/else", "Restart that server")
     assert engine.loads == []
     assert (await house.chat()).status == 503
 
@@ -127,7 +137,7 @@ async def test_an_engine_that_holds_another_folder_under_the_name_is_a_problem(
 async def test_an_engine_that_is_not_healthy_stays_out(house: House, engine: FakeEngine) -> None:
     engine.health = 503
     await eventually(lambda: not house.state.engines.ready)
-    await says(house, engine.url, "/health answers 503")
+    await says(house, "engine 1: it is not healthy")
     engine.health = 200
     await eventually(house.is_ready)
 
@@ -143,54 +153,63 @@ STRANGE_ANSWERS: dict[str, Any] = {
 
 @pytest.mark.parametrize("answer", STRANGE_ANSWERS.values(), ids=STRANGE_ANSWERS.keys())
 async def test_a_server_that_does_not_answer_as_vllm_does_stays_out_until_it_does(
-    open_house: OpenHouse, engine: FakeEngine, answer: Any
+    open_house: OpenHouse, engine: FakeEngine, answer: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     engine.models = answer
     house = await open_house(engine, ready=False)
-    await says(house, engine.url, "/v1/models")
+    await says(house, "engine 1: it does not", "the log says why")
+    assert told(caplog, engine.url, "/v1/models")
     engine.models = None
     await eventually(house.is_ready)
 
 
-async def test_a_corrupted_policy_is_never_loaded(open_house: OpenHouse, engine: FakeEngine, settings: Any) -> None:
+async def test_a_corrupted_policy_is_never_loaded(
+    open_house: OpenHouse, engine: FakeEngine, settings: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     weights = settings.state / "policies" / "policy-0000" / "adapter_model.safetensors"
     published = weights.read_bytes()
     weights.write_bytes(published[:-1] + b"\x01")
     house = await open_house(engine, ready=False)
-    await says(house, "policy-0000", "sha256", "Restore")
+    await says(house, "engine 1: its policy cannot be read", "the log says why")
+    assert told(caplog, engine.url, "policy-0000", "sha256", "Restore")
     assert engine.loads == []
     weights.write_bytes(published)
     await eventually(house.is_ready)
 
 
 async def test_a_policy_outside_the_state_folder_is_never_loaded(
-    open_house: OpenHouse, engine: FakeEngine, db: Any
+    open_house: OpenHouse, engine: FakeEngine, db: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     db.execute("UPDATE policies SET path = '../model'")
     house = await open_house(engine, ready=False)
-    await says(house, "policy-0000", "outside")
+    await says(house, "engine 1: its policy cannot be read", "the log says why")
+    assert told(caplog, engine.url, "policy-0000", "outside")
     assert engine.loads == []
 
 
 async def test_a_policy_whose_folder_is_gone_is_a_problem_and_not_a_crash(
-    open_house: OpenHouse, engine: FakeEngine, settings: Any
+    open_house: OpenHouse, engine: FakeEngine, settings: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     folder = settings.state / "policies" / "policy-0000"
     folder.rename(folder.with_name("elsewhere"))
     house = await open_house(engine, ready=False)
-    await says(house, "policy-0000", "missing")
+    await says(house, "engine 1: its policy cannot be read", "the log says why")
+    assert told(caplog, engine.url, "policy-0000", "missing")
     folder.with_name("elsewhere").rename(folder)
     await eventually(house.is_ready)
 
 
-async def test_a_record_without_a_policy_says_how_to_start(open_house: OpenHouse, engine: FakeEngine, db: Any) -> None:
+async def test_a_record_without_a_policy_says_how_to_start(
+    open_house: OpenHouse, engine: FakeEngine, db: Any, caplog: pytest.LogCaptureFixture
+) -> None:
     db.execute("DELETE FROM policies")
     house = await open_house(engine, ready=False)
-    await says(house, "no policy to serve", "nightshift up")
+    await says(house, "engine 1: its policy cannot be read", "the log says why")
+    assert told(caplog, engine.url, "no policy to serve", "nightshift up")
 
 
 async def test_a_policy_that_cannot_be_read_is_a_problem_and_not_a_crash(
-    open_house: OpenHouse, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+    open_house: OpenHouse, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     def unreadable(*_: object) -> None:
         raise PermissionError(13, "Permission denied", "adapter_model.safetensors")
@@ -198,7 +217,8 @@ async def test_a_policy_that_cannot_be_read_is_a_problem_and_not_a_crash(
     with monkeypatch.context() as patched:
         patched.setattr(registry, "folder_digest", unreadable)
         house = await open_house(engine, ready=False)
-        await says(house, engine.url, "Permission denied")
+        await says(house, "its policy cannot be read", "the log says why")
+        assert told(caplog, engine.url, "Permission denied")
     await eventually(house.is_ready)
 
 
@@ -221,12 +241,27 @@ async def test_a_policy_that_is_held_is_not_read_again_at_every_look(
 
 
 async def test_a_record_that_cannot_be_read_for_a_while_does_not_end_the_watch(
-    house: House, engine: FakeEngine, db: Any
+    house: House, engine: FakeEngine, db: Any, caplog: pytest.LogCaptureFixture
 ) -> None:
     db.execute("ALTER TABLE policies RENAME TO hidden")
-    await eventually(lambda: "no such table" in "".join(house.state.engines.problems))
+    await eventually(lambda: "its policy cannot be read" in "".join(house.state.engines.problems))
+    assert told(caplog, "no such table")
+    assert b"no such table" not in (await house.call("GET", "/readyz", role=None)).body
     db.execute("ALTER TABLE hidden RENAME TO policies")
     await eventually(house.is_ready)
+
+
+async def test_the_operator_is_told_once_of_what_goes_on_and_again_of_what_comes_back(
+    house: House, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    for times in (1, 2):
+        looks = len(engine.events)
+        engine.refuses_warm_up = Refusal(500, "CUDA out of memory")
+        engine.adapters.clear()
+        await eventually(lambda looks=looks: engine.events[looks:].count("warm policy-0000") >= 3)
+        engine.refuses_warm_up = None
+        await eventually(house.is_ready)
+        assert told(caplog, "CUDA out of memory") == times
 
 
 # Two engines

@@ -514,14 +514,18 @@ async def test_a_plain_answer_is_given_even_when_it_cannot_be_logged(house: Hous
     assert await house.rows("completions") == []
 
 
-async def test_a_record_that_cannot_be_read_is_503(house: House, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_a_record_that_cannot_be_read_is_503_and_the_reason_is_in_the_log(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     def broken(*_: object) -> None:
         raise sqlite3.OperationalError("disk I/O error")
 
     monkeypatch.setattr(keys, "authenticate", broken)
     answer = await house.call("GET", "/v1/models")
-    assert_error(answer, 503, "server_error", "storage_unavailable", "disk I/O error")
+    assert_error(answer, 503, "server_error", "storage_unavailable", "check the disk")
     assert answer.headers["Retry-After"] == "10"
+    assert b"disk I/O error" not in answer.body
+    assert "disk I/O error" in caplog.text
 
 
 # 504, and what happens amid a stream

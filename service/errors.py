@@ -71,6 +71,29 @@ def storage_unavailable(error: Exception) -> ApiError:
     )
 
 
+def _first_wrong(error: RequestValidationError) -> tuple[dict[str, Any], str | None]:
+    """The first thing that is wrong with a request, and its place as the client knows it: "messages.1.role".
+
+    Where a value may be of several kinds, each kind complains: the complaint that goes deepest is about the kind that
+    was meant."""
+    errors = error.errors()
+    of_one_parameter = [one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]]
+    deepest = max(of_one_parameter, key=lambda one: len(_place(one, error.body)))
+    return deepest, ".".join(_place(deepest, error.body)) or None
+
+
+def _place(error: dict[str, Any], body: Any) -> list[str]:
+    """The names and numbers that lead to `error` in the body, without the kinds that pydantic puts between them."""
+    if error["loc"][0] != "body":
+        return [str(part) for part in error["loc"][1:]]
+    place = []
+    for part in error["loc"][1:]:
+        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body))):
+            body = body[part]
+            place.append(str(part))
+    return [*place, str(error["loc"][-1])] if error["type"] == "missing" else place
+
+
 def install(app: FastAPI) -> None:
     """Give every error the one shape."""
 
@@ -80,9 +103,7 @@ def install(app: FastAPI) -> None:
 
     @app.exception_handler(RequestValidationError)
     async def _validation(request: Request, error: RequestValidationError) -> JSONResponse:
-        first = error.errors()[0]
-        where = [str(part) for part in first["loc"] if part not in ("body", "query", "path")]
-        param = ".".join(where) or None
+        first, param = _first_wrong(error)
         if first["type"] == "json_invalid":
             message = f"The body is not valid JSON ({first['ctx']['error']} at byte {first['loc'][-1]})."
             return ApiError(400, message, code="invalid_json").response()

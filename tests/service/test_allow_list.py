@@ -7,7 +7,11 @@ import pytest
 from service.chat_request import ChatRequest
 from tests.conftest import FakeEngine, House
 
-TOOL = {"type": "function", "function": {"name": "look", "parameters": {"type": "object", "properties": {}}}}
+PARAMETERS = {"type": "object", "properties": {"at": {"type": ["string", "null"], "default": None}}}
+TOOL = {
+    "type": "function",
+    "function": {"name": "look", "description": "Look up.", "parameters": PARAMETERS, "strict": True},
+}
 SCHEMA = {"name": "sky", "schema": {"type": "object", "properties": {"stars": {"type": "integer"}}}, "strict": True}
 
 PASSED_ON: list[tuple[str, Any]] = [
@@ -22,7 +26,9 @@ PASSED_ON: list[tuple[str, Any]] = [
         ("response_format", {"type": "json_object"}),
         ("response_format", {"type": "json_schema", "json_schema": SCHEMA}),
     ),
-    *(("tools", [TOOL]), ("tool_choice", "none"), ("tool_choice", {"type": "function", "function": {"name": "look"}})),
+    *(("tools", []), ("tools", [TOOL, {"type": "function", "function": {"name": "wait"}}])),
+    *(("tool_choice", choice) for choice in ("none", "auto", "required")),
+    ("tool_choice", {"type": "function", "function": {"name": "look"}}),
     *(("parallel_tool_calls", False), ("reasoning_effort", "low")),
 ]
 OURS = {"model", "messages", "stream", "stream_options", "feedback", "user", "metadata"}

@@ -3,6 +3,7 @@
 import asyncio
 import json
 from collections.abc import AsyncIterator
+from typing import Any
 
 import pytest
 from pysqlite3 import dbapi2 as sqlite3
@@ -216,22 +217,85 @@ async def test_a_message_that_is_wrong_is_named_by_its_place(house: House) -> No
 async def test_a_part_that_is_not_text_is_400(house: House, engine: FakeEngine) -> None:
     image = {"type": "image_url", "image_url": {"url": "http://169.254.169.254/"}}
     answer = await house.chat(messages=[{"role": "user", "content": [image]}])
-    assert answer.status == 400
-    assert answer.json["error"]["param"].startswith("messages.0.content")
+    assert_error(answer, 400, "invalid_request_error", "invalid_value", "'text'", param="messages.0.content.0.type")
     assert engine.chats == []
+
+
+CALL = {"id": "call_1", "type": "function", "function": {"name": "look", "arguments": "{}"}}
+TOOL = {"type": "function", "function": {"name": "look"}}
+UNSHAPELY = {
+    "tools, an object": ({"tools": TOOL}, "tools"),
+    "a tool, a word": ({"tools": [TOOL, "look"]}, "tools.1"),
+    "a tool of another type": ({"tools": [TOOL | {"type": "web_search"}]}, "tools.0.type"),
+    "a tool without a type": ({"tools": [{"function": {"name": "look"}}]}, "tools.0.type"),
+    "a tool without a function": ({"tools": [{"type": "function"}]}, "tools.0.function"),
+    "a function, a word": ({"tools": [TOOL | {"function": "look"}]}, "tools.0.function"),
+    "a function without a name": ({"tools": [TOOL | {"function": {"description": "x"}}]}, "tools.0.function.name"),
+    "a function of no name": ({"tools": [TOOL | {"function": {"name": ""}}]}, "tools.0.function.name"),
+    "a function's name, a number": ({"tools": [TOOL | {"function": {"name": 7}}]}, "tools.0.function.name"),
+    "parameters, a list": (
+        {"tools": [TOOL | {"function": {"name": "look", "parameters": []}}]},
+        "tools.0.function.parameters",
+    ),
+    "a word beside the function": ({"tools": [TOOL | {"name": "look"}]}, "tools.0.name"),
+    "another choice": ({"tool_choice": "always"}, "tool_choice"),
+    "a choice, a number": ({"tool_choice": 7}, "tool_choice"),
+    "a choice of another type": ({"tool_choice": {"type": "tool", "function": {"name": "look"}}}, "tool_choice.type"),
+    "a choice without a function": ({"tool_choice": {"type": "function"}}, "tool_choice.function"),
+    "a choice of no name": ({"tool_choice": {"type": "function", "function": {}}}, "tool_choice.function.name"),
+    "a choice with more": ({"tool_choice": TOOL | {"mode": "auto"}}, "tool_choice.mode"),
+    "calls, an object": ({"tool_calls": CALL}, "tool_calls"),
+    "a call, a word": ({"tool_calls": ["look"]}, "tool_calls.0"),
+    "a call without an id": ({"tool_calls": [CALL | {"id": None}]}, "tool_calls.0.id"),
+    "a call of another type": ({"tool_calls": [CALL | {"type": "custom"}]}, "tool_calls.0.type"),
+    "a call of nothing": ({"tool_calls": [{"id": "call_1", "type": "function"}]}, "tool_calls.0.function"),
+    "a call without a name": (
+        {"tool_calls": [CALL | {"function": {"arguments": "{}"}}]},
+        "tool_calls.0.function.name",
+    ),
+    "arguments, an object": (
+        {"tool_calls": [CALL | {"function": {"name": "look", "arguments": {}}}]},
+        "tool_calls.0.function.arguments",
+    ),
+}
+
+
+@pytest.mark.parametrize(("parameters", "param"), UNSHAPELY.values(), ids=UNSHAPELY.keys())
+async def test_tools_and_calls_of_another_shape_are_400_by_their_place(
+    house: House, engine: FakeEngine, parameters: dict[str, Any], param: str
+) -> None:
+    if "tool_calls" in parameters:
+        message = {"role": "assistant"} | parameters
+        parameters, param = {"messages": [{"role": "user", "content": "Hello"}, message]}, f"messages.1.{param}"
+    answer = await house.chat(**parameters)
+    code = answer.json["error"]["code"]
+    assert code in ("invalid_value", "missing_required_parameter", "unsupported_parameter")
+    assert_error(answer, 400, "invalid_request_error", code, f"'{param}'", param=param)
+    assert "_" not in answer.json["error"]["message"].replace(param, ""), "a class's name is shown"
+    assert engine.chats == []
+
+
+async def test_a_call_whose_arguments_are_no_json_does_not_end_the_conversation(
+    house: House, engine: FakeEngine
+) -> None:
+    call = CALL | {"function": {"name": "look", "arguments": '{"at": '}, "index": 0}
+    answer = await house.chat(messages=[{"role": "assistant", "tool_calls": [call]}])
+    assert answer.status == 200
+    del call["index"]
+    assert engine.chats[0].body["messages"] == [{"role": "assistant", "tool_calls": [call]}]
 
 
 @pytest.mark.parametrize(
     "value",
     [
-        [{"type": "function", "function": {"name": "\ud800"}}],
-        [{"type": "function", "function": {"name": "f", "parameters": {"maximum": 10**30}}}],
-        [{"type": "function", "function": json.loads("[" * 300 + "]" * 300)}],
+        {"title": "\ud800"},
+        {"maximum": 10**30},
+        {"enum": json.loads("[" * 300 + "]" * 300)},
     ],
     ids=["half a surrogate", "a huge number", "very deep"],
 )
 async def test_what_cannot_be_passed_on_is_400(house: House, engine: FakeEngine, value: object) -> None:
-    answer = await house.chat(tools=value)
+    answer = await house.chat(tools=[{"type": "function", "function": {"name": "f", "parameters": value}}])
     assert_error(answer, 400, "invalid_request_error", "invalid_value", "cannot be passed on")
     assert engine.chats == []
 

@@ -29,7 +29,8 @@ PLAIN_STEPS = 10
 class Display:
     """A watcher for `trainer.job.once`: a bar for the stage under way, and a line for each stage that has ended.
 
-    Where there is no terminal there is no bar, and there are lines for stages that begin and for every tenth step.
+    Where there is no terminal there is no bar, but a line when a stage begins, when it first waits for chat, and every
+    ten steps.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -38,6 +39,7 @@ class Display:
         self._stage = ""
         self._began = time.monotonic()
         self._step = self._steps = 0
+        self._has_waited = False
         self._figures: dict[str, float] = {}
 
     def __enter__(self) -> "Display":
@@ -55,16 +57,18 @@ class Display:
     def __call__(self, stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
         """`step` of at most `steps` (0: nobody knows) of a stage is done, and these were its figures."""
         begins = stage != self._stage
-        news = step != self._step or ("waited_s" in figures) != ("waited_s" in self._figures)
+        news = step != self._step and (step % PLAIN_STEPS == 0 or step in (1, steps))
+        waits = "waited_s" in figures
         if begins:
             if self._bar and self._stage:
                 self._print()
-            self._stage, self._began = stage, time.monotonic()
+            self._stage, self._began, self._has_waited = stage, time.monotonic(), False
         self._step, self._steps, self._figures = step, steps, figures
         if self._bar:
             self._bar.show(stage, step, steps, self._left(), self._said(), begins=begins)
-        elif begins or (news and (step % PLAIN_STEPS == 0 or step in (1, steps) or "waited_s" in figures)):
+        elif begins or news or (waits and not self._has_waited):
             self._print()
+        self._has_waited |= waits
 
     def _said(self) -> str:
         return "  ".join(f"{title} {self._figures[name]:.3g}" for name, title in SHOWN.items() if name in self._figures)

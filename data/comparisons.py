@@ -87,24 +87,26 @@ def vote(
 ) -> CastVote:
     """Cast, repeat or change a vote. Call inside a transaction.
 
-    Its owner may vote until the comparison expires, a rater whom the queue gave it while they hold it. Raises
-    UnknownComparison, ComparisonExpired, VoteIsFinal."""
+    Its owner may vote until the comparison expires, a rater whom the queue gave it until their hold of it is over.
+    The same choice without a comment, or with the same one, changes nothing. Raises UnknownComparison,
+    ComparisonExpired, VoteIsFinal."""
     now = now or datetime.now(UTC)
     at = timestamp(now)
     pair = db.execute(
-        "SELECT comparisons.key_id, rater, comparisons.created_at, expires_at, rater_since, rater_until,"
-        " first.policy, second.policy FROM comparisons"
+        "SELECT comparisons.key_id, comparisons.created_at, expires_at, since, until, first.policy, second.policy"
+        " FROM comparisons"
         " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
+        " LEFT JOIN holds ON comparison_id = comparisons.id AND holds.key_id = ?"
         " WHERE comparisons.id = ?",
-        (comparison_id,),
+        (key_id, comparison_id),
     ).fetchone()
     if pair is None:
         raise UnknownComparison(comparison_id)
-    owner, rater, created_at, expires_at, rater_since, rater_until, policy_a, policy_b = pair
+    owner, created_at, expires_at, held_since, held_until, policy_a, policy_b = pair
     if key_id == owner:
         shown_at, until = created_at, expires_at
-    elif key_id == rater and role.covers(Role.RATER):
-        shown_at, until = rater_since, rater_until
+    elif held_since is not None and role.covers(Role.RATER):
+        shown_at, until = held_since, held_until
     else:
         raise UnknownComparison(comparison_id)
 
@@ -126,7 +128,7 @@ def vote(
         return CastVote(cast, policy_a, policy_b)
 
     before = Vote(row[0], row[1], row[2], Choice(row[3]), *row[4:])
-    if before.choice == choice:
+    if before.choice == choice and comment in (None, before.comment):
         return CastVote(before, policy_a, policy_b)
     if at > timestamp(datetime.fromisoformat(before.created_at), plus_s=window_s):
         raise VoteIsFinal(before.choice)
@@ -146,27 +148,29 @@ def next_for_rater(db: Database, *, key_id: str, lease_s: float) -> QueuedPair |
 
     Asking again gives the same pair until it is voted on or the hold is over. A rater's own chats are never in their
     queue. Call inside a transaction."""
-    now = timestamp()
-    columns = (
-        "SELECT comparisons.id, first.messages, first.answer, second.answer, rater_until FROM comparisons"
+    given = {"key": key_id, "now": timestamp(), "until": timestamp(plus_s=lease_s)}
+    unrated = (
+        "SELECT comparisons.id, first.messages, first.answer, second.answer, mine.until FROM comparisons"
         " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
+        " LEFT JOIN holds AS mine ON mine.comparison_id = comparisons.id AND mine.key_id = :key"
         " WHERE NOT EXISTS (SELECT 1 FROM votes WHERE comparison_id = comparisons.id) AND first.messages <> '[]'"
     )
-    row = db.execute(f"{columns} AND rater = ? AND rater_until > ?", (key_id, now)).fetchone()
+    row = db.execute(f"{unrated} AND mine.until > :now", given).fetchone()
     if row is None:
         row = db.execute(
-            f"{columns} AND comparisons.key_id <> ? AND (rater IS NULL OR rater_until <= ?)"
+            f"{unrated} AND comparisons.key_id <> :key"
+            " AND NOT EXISTS (SELECT 1 FROM holds WHERE comparison_id = comparisons.id AND until > :now)"
             " ORDER BY comparisons.created_at LIMIT 1",
-            (key_id, now),
+            given,
         ).fetchone()
         if row is None:
             return None
-        until = timestamp(plus_s=lease_s)
         db.execute(
-            "UPDATE comparisons SET rater = ?, rater_since = ?, rater_until = ? WHERE id = ?",
-            (key_id, now, until, row[0]),
+            "INSERT INTO holds (comparison_id, key_id, since, until) VALUES (:comparison, :key, :now, :until)"
+            " ON CONFLICT DO UPDATE SET since = excluded.since, until = excluded.until",
+            given | {"comparison": row[0]},
         )
-        row = (*row[:4], until)
+        row = (*row[:4], given["until"])
     return QueuedPair(row[0], json.loads(row[1]), row[2], row[3], row[4])
 
 

@@ -181,3 +181,26 @@ def m0003_find_a_users_answers(db: Database) -> None:
         CREATE INDEX comparisons_by_time ON comparisons (created_at);
         """,
     )
+
+
+@migrations()
+def m0004_remember_who_held_a_pair(db: Database) -> None:
+    _run(
+        db,
+        """
+        CREATE TABLE holds (
+            comparison_id TEXT NOT NULL REFERENCES comparisons (id),
+            key_id TEXT NOT NULL REFERENCES keys (id),
+            since TEXT NOT NULL,
+            until TEXT NOT NULL,
+            PRIMARY KEY (comparison_id, key_id)
+        ) STRICT;
+        CREATE INDEX holds_by_key ON holds (key_id, until);
+        INSERT INTO holds SELECT id, rater, rater_since, rater_until FROM comparisons WHERE rater IS NOT NULL;
+
+        DROP INDEX comparisons_by_rater;
+        ALTER TABLE comparisons DROP COLUMN rater;
+        ALTER TABLE comparisons DROP COLUMN rater_since;
+        ALTER TABLE comparisons DROP COLUMN rater_until;
+        """,
+    )

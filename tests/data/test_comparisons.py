@@ -60,9 +60,26 @@ def test_every_change_is_in_the_history(db: Database, cast: Cast, add_pair: AddP
         cast(comparison, choice, after_s=second, comment=comment)
     rows = db.query("SELECT choice, comment, cast_at, replaced_at FROM vote_history ORDER BY rowid")
     history = [(row["choice"], row["comment"]) for row in rows]
-    assert history == [("a", "one"), ("b", None)]
+    assert history == [("a", "one"), ("b", None), ("tie", "three")]
     (vote,) = db.query("SELECT choice, comment FROM votes")
-    assert vote == {"choice": "tie", "comment": "three"}
+    assert vote == {"choice": "tie", "comment": "four"}
+
+
+def test_another_comment_alone_replaces_the_earlier_one_within_the_window(
+    db: Database, cast: Cast, add_pair: AddPair, owner: str
+) -> None:
+    comparison = add_pair(owner)
+    first = cast(comparison, "a", comment="one").vote
+    for comment in (None, "one"):
+        assert cast(comparison, "a", after_s=1, comment=comment).vote == first
+    later = cast(comparison, "a", after_s=2, comment="two").vote
+    assert (later.id, later.choice, later.comment) == (first.id, Choice.A, "two")
+    assert later.updated_at > first.updated_at
+    with pytest.raises(VoteIsFinal, match="a"):
+        cast(comparison, "a", after_s=610, comment="three")
+    assert cast(comparison, "a", after_s=610).vote == later
+    (history,) = db.query("SELECT choice, comment, cast_at, replaced_at FROM vote_history")
+    assert list(history.values()) == ["a", "one", first.updated_at, later.updated_at]
 
 
 def test_a_change_that_fails_leaves_the_vote_as_it_was(db: Database, cast: Cast, add_pair: AddPair, owner: str) -> None:
@@ -149,7 +166,35 @@ def test_a_rater_holds_one_pair_at_a_time(db: Database, add_pair: AddPair, owner
         add_pair(owner)
     rater = make_key(Role.RATER)[0].id
     assert len({give(db, rater) for _ in range(3)}) == 1
-    assert db.execute("SELECT count(*) FROM comparisons WHERE rater IS NOT NULL").fetchone() == (1,)
+    assert db.execute("SELECT count(*) FROM holds").fetchone() == (1,)
+
+
+def test_a_hold_that_is_over_stays_expired_whoever_holds_the_pair_now(
+    db: Database, cast: Cast, add_pair: AddPair, owner: str, make_key: MakeKey
+) -> None:
+    comparison = add_pair(owner)
+    late, other, never = (make_key(Role.RATER)[0].id for _ in range(3))
+    assert give(db, late, lease_s=-1.0) == comparison
+    with pytest.raises(ComparisonExpired):
+        cast(comparison, "a", key_id=late, role=Role.RATER)
+    assert give(db, other) == comparison
+    with pytest.raises(ComparisonExpired):
+        cast(comparison, "a", key_id=late, role=Role.RATER)
+    with pytest.raises(UnknownComparison):
+        cast(comparison, "a", key_id=never, role=Role.RATER)
+    assert cast(comparison, "b", key_id=other, role=Role.RATER).vote.key_id == other
+    with pytest.raises(ComparisonExpired):
+        cast(comparison, "a", key_id=late, role=Role.RATER)
+
+
+def test_a_rater_who_asks_again_after_their_hold_gets_a_new_one(
+    db: Database, cast: Cast, add_pair: AddPair, owner: str, make_key: MakeKey
+) -> None:
+    comparison = add_pair(owner)
+    rater = make_key(Role.RATER)[0].id
+    assert give(db, rater, lease_s=-1.0) == comparison
+    assert give(db, rater) == comparison
+    assert cast(comparison, "a", key_id=rater, role=Role.RATER).vote.choice is Choice.A
 
 
 # What was shown lately

@@ -31,6 +31,24 @@ def test_a_fresh_record_has_every_table(tmp_path: Path) -> None:
     db.close()
 
 
+def test_who_holds_a_pair_is_known_after_the_migration_that_moved_it(tmp_path: Path) -> None:
+    old = Database(sqlite3.connect(str(tmp_path / "nightshift.db"), isolation_level=None))
+    schema.migrations.apply(old, stop_before="m0004_remember_who_held_a_pair")
+    key = {"id": "key_1", "hash": b"", "role": "rater", "feedback": "off", "label": "", "created_at": timestamp()}
+    insert(old, "keys", **key)
+    insert(old, "policies", **policy(name="policy-0000"))
+    for id in ("cpl_1", "cpl_2"):
+        insert(old, "completions", **completion("key_1", id=id))
+    insert(old, "comparisons", **comparison("key_1", id="cmp_1", rater="key_1", rater_since="then", rater_until="soon"))
+    insert(old, "comparisons", **comparison("key_1", id="cmp_2"))
+    old.close()
+    db = connect(tmp_path / "nightshift.db")
+    assert db.execute("SELECT * FROM holds").fetchall() == [("cmp_1", "key_1", "then", "soon")]
+    assert db.execute("SELECT id FROM comparisons ORDER BY id").fetchall() == [("cmp_1",), ("cmp_2",)]
+    assert db.execute("PRAGMA foreign_key_check").fetchall() == []
+    db.close()
+
+
 def test_every_table_is_strict(db: Database) -> None:
     loose = {row["name"] for row in db.query("PRAGMA table_list") if not row["strict"]}
     assert {name for name in loose if not name.startswith(("_", "sqlite_"))} == set()
@@ -187,7 +205,7 @@ def compared(db: Database, make_key: MakeKey) -> str:
 
 
 @pytest.mark.parametrize(
-    "change", [{"b": "cpl_1"}, {"b": "cpl_9"}, {"kind": "odd"}, {"swapped": 2}, {"rater": "key_x"}]
+    "change", [{"b": "cpl_1"}, {"b": "cpl_9"}, {"kind": "odd"}, {"swapped": 2}, {"key_id": "key_x"}]
 )
 def test_a_comparison_that_makes_no_sense_is_refused(db: Database, compared: str, change: dict[str, Any]) -> None:
     insert(db, "comparisons", **comparison(compared, id="cmp_2"))

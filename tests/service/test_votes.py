@@ -73,6 +73,17 @@ async def test_the_same_vote_again_changes_nothing(house: House) -> None:
     assert await house.rows("vote_history") == []
 
 
+async def test_the_same_choice_with_another_comment_keeps_the_new_one(house: House) -> None:
+    comparison = await pair(house)
+    first = (await house.vote(comparison, "a", comment="nice")).json
+    again = await house.vote(comparison, "a", comment="nice, and shorter")
+    assert (again.status, again.json["id"], again.json["comment"]) == (200, first["id"], "nice, and shorter")
+    (row,) = await house.rows("votes")
+    assert (row["choice"], row["comment"]) == ("a", "nice, and shorter")
+    (history,) = await house.rows("vote_history")
+    assert (history["choice"], history["comment"]) == ("a", "nice")
+
+
 async def test_a_vote_can_be_changed_and_the_earlier_stays_in_the_history(house: House) -> None:
     comparison = await pair(house)
     first = (await house.vote(comparison, "a", comment="nice")).json
@@ -174,11 +185,12 @@ async def test_the_queue_gives_a_pair_without_a_word_of_who_wrote_it(house: Hous
     given = await next_pair(house)
     (row,) = await house.rows("comparisons")
     answers = {completion["id"]: completion["answer"] for completion in await house.rows("completions")}
+    (hold,) = await house.rows("holds")
     assert given == {
         "id": comparison,
         "messages": question,
         "answers": {"a": answers[row["a"]], "b": answers[row["b"]]},
-        "expires_at": row["rater_until"],
+        "expires_at": hold["until"],
     }
 
 
@@ -265,7 +277,8 @@ async def test_a_pair_goes_back_to_the_queue_when_its_time_is_over(
     late = await house.vote(comparison, "a", role=Role.RATER)
     assert (late.status, late.json["error"]["code"]) == (410, "comparison_expired")
     assert (await next_pair(house, other))["id"] == comparison
-    assert (await house.vote(comparison, "a", role=Role.RATER)).status == 404
+    assert (await house.vote(comparison, "a", role=Role.RATER)).status == 410
+    assert (await house.vote(comparison, "a", role=Role.OPERATOR)).status == 404
 
 
 async def test_raters_at_once_never_get_the_same_pair(house: House, make_key: MakeKey) -> None:

@@ -55,7 +55,7 @@ def forget_user(db: Database, user: str, *, actor: str) -> int:
 
     The rows stay, empty, so that the lineage of a policy still adds up; an empty conversation never trains and is
     never exported. A key's id takes its end users along. Returns how many answers and comments were emptied. Call
-    inside a transaction."""
+    inside a transaction, and `database.empty_wal` after it."""
     given = {"user": user, "key": user.partition("/")[0], "now": timestamp()}
     whole_key = ":user = :key OR user = :user"  # only a key's own id stands for everybody under it
     mine = f"key_id = :key AND ({whole_key})"

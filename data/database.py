@@ -23,6 +23,8 @@ SAFE_SQLITE = (3, 51, 3)
 """Before this version SQLite can lose committed writes when several connections checkpoint a WAL."""
 
 BUSY_TIMEOUT_MS = 10_000
+WAL_PATIENCE_MS = 1_000
+"""How long `empty_wal` waits for readers: writers wait with it."""
 
 
 def connect(path: Path) -> sqlite_utils.Database:
@@ -37,6 +39,7 @@ def connect(path: Path) -> sqlite_utils.Database:
     _use_wal(connection)
     connection.execute("PRAGMA synchronous = FULL")
     connection.execute("PRAGMA foreign_keys = ON")
+    connection.execute("PRAGMA secure_delete = ON")  # what is deleted must not stay in the file's free places
     db = sqlite_utils.Database(connection)
     if migrations.pending(db):
         with transaction(db):  # two processes that start together must not both migrate
@@ -55,6 +58,17 @@ def _use_wal(connection: sqlite3.Connection) -> None:
             if error.sqlite_errorcode != sqlite3.SQLITE_BUSY or time.monotonic() > give_up:
                 raise
             time.sleep(0.01)
+
+
+def empty_wal(db: sqlite_utils.Database) -> bool:
+    """Bring the write-ahead log into the database file and cut it off: until then it holds pages as they were before
+    what was deleted was deleted. False where somebody reads or writes for longer than WAL_PATIENCE_MS.
+
+    Call outside a transaction."""
+    db.execute(f"PRAGMA busy_timeout = {WAL_PATIENCE_MS}")
+    busy, _, _ = db.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    db.execute(f"PRAGMA busy_timeout = {BUSY_TIMEOUT_MS}")
+    return not busy
 
 
 @contextmanager

@@ -1,6 +1,7 @@
 """What operators do: keys, policies, figures, exports, forgetting."""
 
 import asyncio
+import logging
 from collections.abc import Iterator
 from contextlib import closing
 from typing import Annotated, Any
@@ -11,12 +12,13 @@ from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
 from data import comparisons, completions, keys, registry, stats
-from data.database import connect
+from data.database import connect, empty_wal
 from data.types import Feedback, Key, Role
 from service.auth import needs
 from service.errors import ApiError
 from service.state import state_of
 
+log = logging.getLogger("nightshift")
 router = APIRouter()
 
 Operator = Annotated[Key, needs(Role.OPERATOR)]
@@ -104,7 +106,15 @@ async def export_preferences(request: Request, operator: Operator) -> StreamingR
 @router.delete("/v1/users/{id:path}")
 async def forget_user(id: str, request: Request, operator: Operator) -> dict[str, Any]:
     """Erase what a user (a key's id, or `key/end user`) wrote and was answered."""
-    emptied = await state_of(request).write(lambda db: completions.forget_user(db, id, actor=operator.id))
+    state = state_of(request)
+    emptied = await state.write(lambda db: completions.forget_user(db, id, actor=operator.id))
+
+    def empty() -> bool:
+        with closing(connect(state.settings.database)) as db:
+            return empty_wal(db)
+
+    if not await asyncio.to_thread(empty):
+        log.warning("A long reader (an export?) keeps what was forgotten in the record's WAL: forget again after it")
     if not emptied:
         raise ApiError(404, f"Nothing is kept of a user '{id}'.", type="not_found_error", code="unknown_user")
     return {"id": id, "emptied": emptied}

@@ -385,10 +385,13 @@ def policies_list(state: State = None, json: Json = False) -> None:
 def users_forget(id: str, state: State = None, json: Json = False) -> None:
     """Erase what a user (a key's id, or key/end user) wrote and was answered."""
     from data import completions
-    from data.database import transaction
+    from data.database import empty_wal, transaction
 
-    with _database(state) as db, transaction(db):
-        emptied = completions.forget_user(db, id, actor="cli")
+    with _database(state) as db:
+        with transaction(db):
+            emptied = completions.forget_user(db, id, actor="cli")
+        if not empty_wal(db):
+            typer.echo("A long reader (an export?) keeps it in the record's WAL: forget again after it.", err=True)
     if not emptied:
         raise fail(f"Nothing is kept of a user '{id}'.")
     typer.echo(jsonlib.dumps({"id": id, "emptied": emptied}) if json else f"{emptied} answers and comments emptied")

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from sqlite_utils import Database
 
 from data import comparisons, completions
-from data.database import transaction
+from data.database import empty_wal, transaction
 from data.settings import Settings
 from data.types import Choice, Role
 from tests.conftest import AddPair, MakeKey
@@ -76,6 +76,23 @@ def test_a_forgotten_user_s_words_are_nowhere_in_the_record(
     assert "SECRET" in everything()
     assert forget(db, mine) == 4
     assert "SECRET" not in everything()
+
+
+def test_a_forgotten_user_s_words_are_in_no_file_of_the_record(
+    db: Database, settings: Settings, add_pair: AddPair, make_key: MakeKey
+) -> None:
+    mine, other = make_key()[0].id, make_key()[0].id
+    for size in (1, 100, 1000):
+        for key_id, word in ((mine, "SECRET "), (other, "public ")):
+            question = [{"role": "user", "content": word * size}]
+            comparison = add_pair(key_id, answers=(word * size, word * (size + 1)), messages=question)
+            vote(db, comparison, key_id, "a", word)
+            vote(db, comparison, key_id, "b", word)
+    forget(db, mine)
+    assert empty_wal(db)
+    files = [path.read_bytes() for path in settings.state.glob("nightshift.db*")]
+    assert not any(b"SECRET" in content for content in files)
+    assert any(b"public" in content for content in files)
 
 
 def test_a_rater_s_comment_on_a_forgotten_user_s_pair_is_forgotten_too(

@@ -56,9 +56,15 @@ def notes(db: Database) -> list[str]:
 def test_every_connection_has_our_pragmas(reader: Database) -> None:
     pragmas = {
         name: reader.execute(f"PRAGMA {name}").fetchone()[0]
-        for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout")
+        for name in ("journal_mode", "synchronous", "foreign_keys", "busy_timeout", "secure_delete")
     }
-    assert pragmas == {"journal_mode": "wal", "synchronous": 2, "foreign_keys": 1, "busy_timeout": 10_000}
+    assert pragmas == {
+        "journal_mode": "wal",
+        "synchronous": 2,
+        "foreign_keys": 1,
+        "busy_timeout": 10_000,
+        "secure_delete": 1,
+    }
 
 
 def test_a_file_that_another_process_is_just_making_is_waited_for(tmp_path: Path) -> None:
@@ -121,6 +127,38 @@ def test_a_transaction_that_reads_first_may_write_beside_another_writer(path: Pa
     db = connect(path)
     assert notes(db) == [str(i) for i in range(40)]
     db.close()
+
+
+def test_what_was_deleted_is_in_neither_file_once_the_log_is_emptied(path: Path, reader: Database) -> None:
+    def stands(text: str) -> bool:
+        return any(text.encode() in file.read_bytes() for file in path.parent.glob("nightshift.db*"))
+
+    for size in (10, 1000, 50_000):  # within a page, and over many
+        note(f"SECRET {'x' * size}")(reader)
+        note(f"public {'x' * size}")(reader)
+    reader.execute("DELETE FROM notes WHERE text LIKE 'SECRET%'")
+    assert stands("SECRET")
+    assert database.empty_wal(reader)
+    assert not stands("SECRET")
+    assert stands("public")
+
+
+def test_a_long_reader_keeps_the_log_from_being_emptied_and_is_told_of(
+    path: Path, reader: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "WAL_PATIENCE_MS", 1)
+    other = connect(path)
+    note("one")(other)
+    with transaction(reader):
+        assert not database.empty_wal(other)
+    reader.execute("BEGIN")
+    notes(reader)
+    note("two")(other)
+    assert not database.empty_wal(other)
+    reader.execute("COMMIT")
+    assert database.empty_wal(other)
+    assert other.execute("PRAGMA busy_timeout").fetchone() == (10_000,)
+    other.close()
 
 
 # The writer

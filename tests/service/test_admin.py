@@ -105,6 +105,17 @@ async def test_a_user_is_forgotten_over_the_wire(
     assert again.status == 404
 
 
+async def test_what_was_forgotten_over_the_wire_is_in_no_file_of_the_record(house: House, engine: FakeEngine) -> None:
+    engine.answer = lambda body: say("SECRET answer")
+    await house.chat(messages=[{"role": "user", "content": "SECRET question"}])
+    await house.rows("completions")
+    files = [path for path in house.settings.state.glob("nightshift.db*") if path.suffix != ".db-shm"]
+    assert any(b"SECRET" in path.read_bytes() for path in files)
+    key_id = house.keys[Role.USER].id
+    assert (await house.call("DELETE", f"/v1/users/{key_id}", role=Role.OPERATOR)).status == 200
+    assert not any(b"SECRET" in path.read_bytes() for path in files)
+
+
 async def test_a_key_made_over_the_wire_keeps_its_default(house: House, engine: FakeEngine) -> None:
     engine.answer = lambda body: say(str(body.get("seed")))
     body = {"role": "user", "feedback": Feedback.ALWAYS}

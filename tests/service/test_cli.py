@@ -274,8 +274,9 @@ def test_stats_are_shown(nightshift: Command, vote: str) -> None:
     assert "votes: {'b': 1}" in nightshift("stats").stdout
 
 
-def test_a_user_is_forgotten(nightshift: Command, vote: str, db: Database) -> None:
+def test_a_user_is_forgotten(nightshift: Command, vote: str, db: Database, settings: Settings) -> None:
     assert nightshift("users", "forget", vote).stdout == "2 answers and comments emptied\n"
+    assert not any("Grüße".encode() in path.read_bytes() for path in settings.state.glob("nightshift.db*"))
     assert db.execute("SELECT DISTINCT answer FROM completions").fetchall() == [("",)]
 
 

@@ -2,13 +2,15 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data import comparisons, completions, registry
 from data.ids import new_id
@@ -49,23 +51,64 @@ class _Call:
     started: float
 
 
-@dataclass(slots=True)
+@dataclass
 class _Answer:
     """One generation: asked of one policy, and what became of it."""
 
     id: str
     policy: str
     sampling: dict[str, Any]
+    request: bytes
+    """What the engine is asked."""
     created_at: str
     status: CompletionStatus = CompletionStatus.ABORTED
     first_token_ms: float | None = None
     total_ms: float = 0.0
-    choices: dict[int, dict[str, Any]] | None = None
-    usage: dict[str, Any] | None = None
+    usage: dict[str, int] | None = None
+    read: Callable[[], dict[int, dict[str, Any]]] = dict
+    """Reads what was said, as far as it came: of a stream, all its JSON."""
+
+    @cached_property
+    def choices(self) -> dict[int, dict[str, Any]]:
+        """{index: {"content", "tool_calls", "finish_reason"}}, read once the answer has ended."""
+        return self.read()
 
     @property
     def text(self) -> str:
-        return (self.choices or {}).get(0, {}).get("content") or ""
+        return self.choices.get(0, {}).get("content") or ""
+
+
+class _FromEngine(BaseModel):
+    """What is passed on of vLLM's answer to a request that does not stream."""
+
+    model_config = ConfigDict(strict=True)
+
+
+class _EngineMessage(_FromEngine):
+    role: str
+    content: str | None
+    refusal: str | None = None
+    tool_calls: list[dict[str, Any]] | None = None
+    reasoning: str | None = None
+
+
+class _EngineChoice(_FromEngine):
+    index: int
+    message: _EngineMessage
+    logprobs: dict[str, Any] | None = None
+    finish_reason: str | None
+
+
+class _EngineUsage(_FromEngine):
+    prompt_tokens: int
+    completion_tokens: int
+    total_tokens: int
+
+
+class _EngineAnswer(_FromEngine):
+    created: int
+    choices: Annotated[list[_EngineChoice], Field(min_length=1)]
+    usage: _EngineUsage
 
 
 @router.post("/v1/chat/completions")
@@ -105,10 +148,6 @@ def _prepare(state: State, body: ChatRequest, key: Key) -> _Call:
         raise not_ready()
 
     given = body.model_dump(exclude_none=True)
-    try:
-        orjson.dumps(given)
-    except orjson.JSONEncodeError as error:  # json reads more than can be written: half surrogates, numbers of any size
-        raise ApiError(400, f"The request holds what cannot be passed on: {error}.", code="invalid_value") from None
     sampling = {name: value for name, value in given.items() if name not in _NOT_SAMPLING}
     if not body.max_tokens and not body.max_completion_tokens:
         sampling["max_tokens"] = min(caps.max_tokens, state.engines.context_length or caps.max_tokens)
@@ -162,36 +201,37 @@ def _plan(state: State, body: ChatRequest, key: Key, user: str, serving: str) ->
 
 
 async def _answer_plain(call: _Call) -> bytes:
-    answer = _begin(call, call.serving, {})
+    answer = _begin(call, call.serving)
     try:
         async with _time_limit(call):
-            body = await _complete(call, answer)
+            engine_answer = await _complete(call, answer)
     finally:
         _log(call, answer)
     return orjson.dumps(
         {
             "id": answer.id,
             "object": "chat.completion",
-            "created": body["created"],
+            "created": engine_answer.created,
             "model": call.state.settings.chat.model_name,
-            "choices": [_choice(choice, choice["index"]) for choice in body["choices"]],
-            "usage": _usage(body["usage"]),
+            "choices": [_choice(choice, choice.index) for choice in engine_answer.choices],
+            "usage": answer.usage,
             "system_fingerprint": answer.policy,
         }
     )
 
 
 async def _stream_plain(call: _Call, send: sse.SendBytes) -> None:
-    answer = _begin(call, call.serving, {})
+    answer = _begin(call, call.serving)
     rewrite = sse.Rewriter(id=answer.id, model=call.state.settings.chat.model_name, fingerprint=answer.policy)
     try:
         async with _time_limit(call):
             await _forward(call, answer, rewrite, send)
+        end = sse.DONE
+        if call.include_usage and answer.usage:
+            end = sse.event(_last_chunk(call, answer.id, rewrite.created, answer.policy, [answer])) + end
+        await send(end, last=True)
     finally:
         _log(call, answer)
-    if call.include_usage and answer.usage:
-        await send(sse.event(_last_chunk(call, answer.id, rewrite.created, answer.policy, [answer])))
-    await send(sse.DONE)
 
 
 # Two answers
@@ -206,9 +246,9 @@ async def _answer_pair(call: _Call) -> bytes:
         for answer in pair:
             _log(call, answer)
         raise
-    bodies = [result for result in results if isinstance(result, dict)]
+    given = [result for result in results if isinstance(result, _EngineAnswer)]
     errors = [result for result in results if isinstance(result, BaseException)]
-    if not bodies or not all(isinstance(error, ApiError) for error in errors):
+    if not given or not all(isinstance(error, ApiError) for error in errors):
         for answer in pair:
             _log(call, answer)
         raise errors[0]
@@ -218,9 +258,9 @@ async def _answer_pair(call: _Call) -> bytes:
     response = {
         "id": shown[0].id,
         "object": "chat.completion",
-        "created": bodies[0]["created"],
+        "created": given[0].created,
         "model": call.state.settings.chat.model_name,
-        "choices": [_choice(body["choices"][0], index) for index, body in enumerate(bodies[: len(shown)])],
+        "choices": [_choice(one.choices[0], index) for index, one in enumerate(given[: len(shown)])],
         "usage": _sum_usage(shown),
         "system_fingerprint": None if asked else shown[0].policy,
     }
@@ -248,23 +288,22 @@ async def _stream_pair(call: _Call, send: sse.SendBytes) -> None:
     except BaseException:
         for reader in readers:
             reader.cancel()
-        await asyncio.gather(*readers, return_exceptions=True)
-        for answer in pair:
-            _log(call, answer)
+        try:
+            await asyncio.gather(*readers, return_exceptions=True)
+        finally:  # the client may leave just now
+            for answer in pair:
+                _log(call, answer)
         raise
     asked = await _log_pair(call, pair)
     last = _last_chunk(call, pair[0].id, rewriters[0].created, None if asked else pair[0].policy, pair)
     if asked:
         last["comparison"] = asked
-    await send(sse.event(last))
-    await send(sse.DONE)
+    await send(sse.event(last) + sse.DONE, last=True)
 
 
 def _begin_pair(call: _Call) -> list[_Answer]:
     assert call.plan is not None
-    return [
-        _begin(call, policy, {"seed": seed}) for policy, seed in zip(call.plan.policies, call.plan.seeds, strict=True)
-    ]
+    return [_begin(call, policy, seed=seed) for policy, seed in zip(call.plan.policies, call.plan.seeds, strict=True)]
 
 
 async def _log_pair(call: _Call, pair: list[_Answer]) -> dict[str, str] | None:
@@ -303,39 +342,49 @@ async def _log_pair(call: _Call, pair: list[_Answer]) -> dict[str, str] | None:
 # What both share
 
 
-def _begin(call: _Call, policy: str, more_sampling: dict[str, Any]) -> _Answer:
-    return _Answer(new_id("cpl"), policy, call.sampling | more_sampling, timestamp())
-
-
-def _payload(call: _Call, answer: _Answer) -> dict[str, Any]:
-    payload = answer.sampling | {"model": answer.policy, "messages": call.messages, "priority": 0}
+def _begin(call: _Call, policy: str, **more_sampling: Any) -> _Answer:
+    sampling = call.sampling | more_sampling
+    request = sampling | {"model": policy, "messages": call.messages, "priority": 0}
     if call.stream:
-        payload |= {"stream": True, "stream_options": {"include_usage": True}}
-    return payload
-
-
-async def _complete(call: _Call, answer: _Answer) -> dict[str, Any]:
-    """The engine's whole response to one request that does not stream."""
+        request |= {"stream": True, "stream_options": {"include_usage": True}}
     try:
-        async with call.state.engines.chat(_payload(call, answer)) as upstream:
-            body: dict[str, Any] = orjson.loads(await upstream.read())
-    except orjson.JSONDecodeError:
+        return _Answer(new_id("cpl"), policy, sampling, orjson.dumps(request), timestamp())
+    except orjson.JSONEncodeError as error:  # json reads more than can be written: half surrogates, numbers of any size
+        raise ApiError(400, f"The request holds what cannot be passed on: {error}.", code="invalid_value") from None
+
+
+async def _complete(call: _Call, answer: _Answer) -> _EngineAnswer:
+    """The engine's whole answer to one request that does not stream."""
+    try:
+        async with call.state.engines.chat(answer.request) as upstream:
+            whole = _EngineAnswer.model_validate_json(await upstream.read())
+    except ValidationError as error:
         answer.status = CompletionStatus.FAILED
-        raise engine_failed("its answer is not JSON") from None
+        first = error.errors(include_url=False, include_input=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise engine_failed(f"its answer is none of vLLM's: {place} {first['msg']}") from None
     except ApiError:
         answer.status = CompletionStatus.FAILED
         raise
-    answer.choices = {choice["index"]: choice["message"] | choice for choice in body["choices"]}
-    answer.usage = body["usage"]
+    answer.read = lambda: {
+        choice.index: {
+            "content": choice.message.content,
+            "tool_calls": choice.message.tool_calls,
+            "finish_reason": choice.finish_reason,
+        }
+        for choice in whole.choices
+    }
+    answer.usage = whole.usage.model_dump()
     answer.status = CompletionStatus.COMPLETE
     answer.total_ms = _elapsed_ms(call)
-    return body
+    return whole
 
 
 async def _forward(call: _Call, answer: _Answer, rewrite: sse.Rewriter, send: sse.SendBytes) -> None:
     """Send one upstream stream on, chunk by chunk, up to its end."""
+    answer.read = rewrite.transcripts
     try:
-        async with call.state.engines.chat(_payload(call, answer)) as upstream:
+        async with call.state.engines.chat(answer.request) as upstream:
             async for events in sse.read_events(upstream):
                 chunk = rewrite(events)
                 if chunk:
@@ -349,7 +398,7 @@ async def _forward(call: _Call, answer: _Answer, rewrite: sse.Rewriter, send: ss
         answer.status = CompletionStatus.FAILED
         raise
     finally:
-        answer.choices, answer.usage = rewrite.transcripts(), rewrite.usage
+        answer.usage = rewrite.usage
         answer.total_ms = _elapsed_ms(call)
 
 
@@ -372,27 +421,23 @@ def _elapsed_ms(call: _Call) -> float:
     return round((time.perf_counter() - call.started) * 1000, 3)
 
 
-def _choice(choice: dict[str, Any], index: int) -> dict[str, Any]:
-    """The fields of OpenAI's schema, without the rest of vLLM's."""
-    message = {
-        name: value
-        for name, value in choice["message"].items()
-        if name in ("role", "content", "refusal") or (name in ("tool_calls", "reasoning") and value)
-    }
+def _choice(choice: _EngineChoice, index: int) -> dict[str, Any]:
+    said = choice.message
+    message: dict[str, Any] = {"role": said.role, "content": said.content, "refusal": said.refusal}
+    if said.tool_calls:
+        message["tool_calls"] = said.tool_calls
+    if said.reasoning:
+        message["reasoning"] = said.reasoning
     return {
         "index": index,
         "message": message,
-        "logprobs": choice.get("logprobs"),
-        "finish_reason": choice["finish_reason"],
+        "logprobs": choice.logprobs,
+        "finish_reason": choice.finish_reason,
     }
 
 
-def _usage(usage: dict[str, Any]) -> dict[str, Any]:
-    return {name: usage[name] for name in ("prompt_tokens", "completion_tokens", "total_tokens")}
-
-
-def _sum_usage(answers: list[_Answer]) -> dict[str, Any]:
-    usages = [_usage(answer.usage) for answer in answers if answer.usage]
+def _sum_usage(answers: list[_Answer]) -> dict[str, int]:
+    usages = [answer.usage for answer in answers if answer.usage]
     return {name: sum(usage[name] for usage in usages) for name in usages[0]} if usages else {}
 
 
@@ -439,7 +484,8 @@ def _rows(call: _Call, answer: _Answer) -> list[Completion]:
 
 
 def _log(call: _Call, answer: _Answer) -> None:
-    """Put the answer on record, in the event loop's next turn: the last bytes leave first."""
+    """Put the answer on record, in the event loop's next turn: the last bytes leave first, and what was said is read
+    after them."""
     asyncio.get_running_loop().call_soon(_hand_to_writer, call, answer)
 
 

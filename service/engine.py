@@ -8,7 +8,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import aiohttp
 import orjson
@@ -116,11 +115,10 @@ class Engines:
         return min((e.context_length for e in self.engines if e.ready and e.context_length), default=None)
 
     @asynccontextmanager
-    async def chat(self, payload: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send one chat request to the least busy engine; its response, not yet read, has status 200.
+    async def chat(self, request: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send one chat request, a body of JSON, to the least busy engine; its response, not yet read, has status 200.
 
         Closing early stops the generation. Raises ApiError."""
-        body = orjson.dumps(payload)
         while True:
             engine = min((e for e in self.engines if e.ready), key=lambda e: e.in_flight, default=None)
             if engine is None:
@@ -130,7 +128,7 @@ class Engines:
                 try:
                     response = await self._http.post(
                         f"{engine.url}/v1/chat/completions",
-                        data=body,
+                        data=request,
                         headers={"Content-Type": "application/json"},
                         timeout=CHAT_TIMEOUT,
                     )

@@ -4,7 +4,7 @@ together only after the last one."""
 import asyncio
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine
-from typing import Any, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import aiohttp
 import orjson
@@ -14,9 +14,17 @@ from starlette.types import Receive, Scope, Send
 from service.errors import ApiError, engine_failed
 
 _T = TypeVar("_T")
-SendBytes = Callable[[bytes], Awaitable[None]]
+
+
+class SendBytes(Protocol):
+    """Sends bytes to the client; nothing may follow the `last`."""
+
+    def __call__(self, chunk: bytes, *, last: bool = False) -> Awaitable[None]: ...
+
 
 DONE = b"data: [DONE]\n\n"
+USAGE = ("prompt_tokens", "completion_tokens", "total_tokens")
+"""What is passed on of vLLM's counts."""
 _HEAD = re.compile(rb'data: (\{"id":"[^"\\]*","object":"chat\.completion\.chunk","created":(\d+),"model":"[^"\\]*")')
 
 
@@ -43,7 +51,7 @@ class Rewriter:
         self._choice = b""
         self._events: list[bytes] = []
         self.created = 0
-        self.usage: dict[str, Any] | None = None
+        self.usage: dict[str, int] | None = None
         self.ended = False
         """Whether the upstream said [DONE]: what did not end is not complete."""
 
@@ -63,19 +71,27 @@ class Rewriter:
                 sent += self._put + tail[len(self._choice) :] + b"\n\n"
                 self._events.append(event)
                 continue
-            chunk = orjson.loads(event[6:])
-            if "error" in chunk:
-                raise engine_failed(str(chunk["error"].get("message", "no reason given"))[:200])
-            if chunk.get("usage"):
-                self.usage = chunk["usage"]
-            if chunk.get("choices"):  # another version's field order: slower, but right
-                self._events.append(event)
-                self.created = chunk["created"]
-                chunk |= self._new_head
-                if self._index is not None:
-                    chunk["choices"][0]["index"] = self._index
-                sent += b"data: " + orjson.dumps(chunk) + b"\n\n"
+            try:
+                sent += self._slowly(event)
+            except (ValueError, LookupError, TypeError, AttributeError):
+                raise engine_failed("an event of its stream is none of vLLM's") from None
         return bytes(sent)
+
+    def _slowly(self, event: bytes) -> bytes:
+        chunk = orjson.loads(event[6:])
+        if "error" in chunk:
+            raise engine_failed(str(chunk["error"].get("message", "no reason given"))[:200])
+        if chunk.get("usage"):
+            self.usage = {name: int(chunk["usage"][name]) for name in USAGE}
+        if not chunk.get("choices"):
+            return b""
+        # Another version's field order.
+        self._events.append(event)
+        self.created = chunk["created"]
+        chunk |= self._new_head
+        if self._index is not None:
+            chunk["choices"][0]["index"] = self._index
+        return b"data: " + orjson.dumps(chunk) + b"\n\n"
 
     def _learn(self, event: bytes) -> None:
         match = _HEAD.match(event)
@@ -143,8 +159,8 @@ async def unless_gone(receive: Receive, work: Coroutine[Any, Any, _T]) -> _T:
 
 
 class EventStream(Response):
-    """Runs `respond(send)` as a response. An error before the first byte keeps its status; a later one becomes an error
-    event, the last of the stream."""
+    """Runs `respond(send)` as a response; what it sends last ends it. An error before the first byte keeps its status;
+    a later one becomes an error event, the last of the stream."""
 
     def __init__(self, respond: Callable[[SendBytes], Coroutine[Any, Any, None]]) -> None:
         super().__init__(
@@ -155,13 +171,18 @@ class EventStream(Response):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         started = False
+        starting = asyncio.Lock()
 
-        async def send_bytes(chunk: bytes) -> None:
+        async def send_bytes(chunk: bytes, *, last: bool = False) -> None:
             nonlocal started
             if not started:
-                started = True
-                await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
-            await send({"type": "http.response.body", "body": chunk, "more_body": True})
+                # Two answers may begin together, and a client that reads slowly keeps the first one waiting here: the
+                # other must not overtake it, and where the first is given up the start is still to be made.
+                async with starting:
+                    if not started:
+                        await send({"type": "http.response.start", "status": 200, "headers": self.raw_headers})
+                        started = True
+            await send({"type": "http.response.body", "body": chunk, "more_body": not last})
 
         try:
             await unless_gone(receive, self._respond(send_bytes))
@@ -170,5 +191,4 @@ class EventStream(Response):
         except ApiError as error:
             if not started:
                 raise
-            await send_bytes(event(error.body))
-        await send({"type": "http.response.body", "body": b"", "more_body": False})
+            await send_bytes(event(error.body), last=True)

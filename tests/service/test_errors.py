@@ -6,13 +6,25 @@ from collections.abc import AsyncIterator
 from typing import Any
 
 import pytest
+from aiohttp import web
 from pysqlite3 import dbapi2 as sqlite3
 from sqlite_utils import Database
 
 from data import keys
 from data.types import Role
 from service.state import State
-from tests.conftest import Answer, FakeEngine, House, OpenHouse, Refusal, Reply, database_locked, eventually, say
+from tests.conftest import (
+    Answer,
+    FakeEngine,
+    House,
+    OpenHouse,
+    Refusal,
+    Reply,
+    database_locked,
+    eventually,
+    say,
+    whole_body,
+)
 
 
 def assert_error(
@@ -300,6 +312,23 @@ async def test_what_cannot_be_passed_on_is_400(house: House, engine: FakeEngine,
     assert engine.chats == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("feedback", ["off", "always"])
+@pytest.mark.parametrize(
+    "parameters",
+    [{"user": "\ud800"}, {"messages": [{"role": "user", "content": "\ud800"}]}],
+    ids=lambda p: next(iter(p)),
+)
+async def test_half_a_character_is_400_wherever_it_stands(
+    house: House, engine: FakeEngine, stream: bool, feedback: str, parameters: dict[str, Any]
+) -> None:
+    answer = await house.chat(stream=stream, feedback=feedback, **parameters)
+    assert answer.status == 400
+    assert answer.json["error"]["code"] == "invalid_value"
+    assert engine.chats == []
+    assert await house.rows("completions") == []
+
+
 async def test_a_name_that_is_no_text_is_refused_as_any_other(house: House) -> None:
     answer = await post(house, b'{"model": "nightshift", "messages": [{"role": "user"}], "\\ud800": 1}')
     assert answer.status == 400
@@ -498,6 +527,60 @@ async def test_an_engine_that_dies_before_the_answer_is_502(
 async def test_an_engine_that_dies_amid_a_body_is_502(house: House, engine: FakeEngine) -> None:
     engine.answer = lambda body: Reply(die_after=40)
     assert_error(await house.chat(), 502, "server_error", "engine_failed", "broke off")
+    (row,) = await house.rows("completions")
+    assert (row["status"], row["answer"]) == ("failed", "")
+
+
+WHOLE = whole_body("policy-0000", Reply())
+CHOICE = WHOLE["choices"][0]
+NO_ANSWERS = {
+    "cut off": json.dumps(WHOLE).encode()[:-40],
+    "not UTF-8": b'{"created": 1, "choices": "\xff"}',
+    "nothing": b"",
+    "a list": b"[]",
+    "null": b"null",
+    "without choices": json.dumps({name: value for name, value in WHOLE.items() if name != "choices"}).encode(),
+    "no choice": json.dumps(WHOLE | {"choices": []}).encode(),
+    "choices, an object": json.dumps(WHOLE | {"choices": CHOICE}).encode(),
+    "a choice, a word": json.dumps(WHOLE | {"choices": ["Hi"]}).encode(),
+    "a choice without a message": json.dumps(WHOLE | {"choices": [{"index": 0, "finish_reason": "stop"}]}).encode(),
+    "a message, a word": json.dumps(WHOLE | {"choices": [CHOICE | {"message": "Hi"}]}).encode(),
+    "content, a number": json.dumps(
+        WHOLE | {"choices": [CHOICE | {"message": {"role": "assistant", "content": 7}}]}
+    ).encode(),
+    "an index, a word": json.dumps(WHOLE | {"choices": [CHOICE | {"index": "0"}]}).encode(),
+    "an end, a number": json.dumps(WHOLE | {"choices": [CHOICE | {"finish_reason": 1}]}).encode(),
+    "without usage": json.dumps({name: value for name, value in WHOLE.items() if name != "usage"}).encode(),
+    "usage, null": json.dumps(WHOLE | {"usage": None}).encode(),
+    "usage, words": json.dumps(WHOLE | {"usage": dict.fromkeys(WHOLE["usage"], "many")}).encode(),
+    "a time, a word": json.dumps(WHOLE | {"created": "now"}).encode(),
+}
+
+
+@pytest.mark.parametrize("body", NO_ANSWERS.values(), ids=NO_ANSWERS.keys())
+@pytest.mark.parametrize("feedback", ["off", "always"])
+async def test_a_body_that_is_no_answer_is_502_and_never_logged_as_complete(
+    house: House, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch, body: bytes, feedback: str
+) -> None:
+    async def whole(*_: object) -> web.Response:
+        return web.Response(body=body, content_type="application/json")
+
+    monkeypatch.setattr(engine, "_whole", whole)
+    answer = await house.chat(feedback=feedback)
+    assert_error(answer, 502, "server_error", "engine_failed", "none of vLLM's", "try again")
+    assert {(row["status"], row["answer"]) for row in await house.rows("completions")} == {("failed", "")}
+    assert await house.rows("comparisons") == []
+
+
+async def test_a_stream_that_is_none_is_502_and_never_logged_as_complete(
+    house: House, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async def stream(*_: object) -> web.Response:
+        return web.Response(body=b"data: {broken\n\ndata: [DONE]\n\n", content_type="text/event-stream")
+
+    monkeypatch.setattr(engine, "_stream", stream)
+    answer = await house.chat(stream=True)
+    assert_error(answer, 502, "server_error", "engine_failed", "none of vLLM's")
     (row,) = await house.rows("completions")
     assert (row["status"], row["answer"]) == ("failed", "")
 

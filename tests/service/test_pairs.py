@@ -3,8 +3,11 @@
 import asyncio
 import json
 import random
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
+import aiohttp
 import pytest
 
 from data.types import Feedback, Role
@@ -233,6 +236,35 @@ async def test_a_stream_whose_first_answer_fails_is_an_error_and_stops_the_secon
     await eventually(lambda: [chat.cut_off for chat in engine.chats if chat.body["seed"] == SECOND] == [True])
     rows = {json.loads(row["sampling"])["seed"]: row["status"] for row in await house.rows("completions")}
     assert rows == {FIRST: "failed", SECOND: "aborted"}
+
+
+async def test_a_client_that_leaves_while_a_failed_pair_is_put_away_takes_nothing_from_the_record(
+    house: House, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.answer = lambda body: (
+        say("One", " two", error_after=1) if body["seed"] == FIRST else say("Two", " and", hold_after=1)
+    )
+    chat, closing = house.state.engines.chat, asyncio.Event()
+
+    @asynccontextmanager
+    async def slow_to_close(request: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+        async with chat(request) as response:
+            try:
+                yield response
+            finally:
+                if json.loads(request)["seed"] == SECOND:
+                    closing.set()
+                    await asyncio.sleep(60)
+
+    monkeypatch.setattr(house.state.engines, "chat", slow_to_close)
+    async with house.open_chat(stream=True, feedback="always", seed=7):
+        await closing.wait()
+
+    async def logged() -> bool:
+        rows = {json.loads(row["sampling"])["seed"]: row["status"] for row in await house.rows("completions")}
+        return rows == {FIRST: "failed", SECOND: "aborted"}
+
+    await eventually(logged)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -42,9 +42,11 @@ def once(settings: Settings, *, request: dict[str, Any] | None, as_json: bool) -
             display("starting", 0, 0, {})
             # Only now: torch takes seconds to import.
             import torch
+            from transformers.utils.logging import disable_progress_bar
 
             from trainer.job import once as carry_out
 
+            disable_progress_bar()  # there is one display, and it is ours
             if settings.training.threads:
                 torch.set_num_threads(settings.training.threads)
             run = carry_out(settings, request=request, watch=display)

@@ -116,14 +116,9 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        too_large = ApiError(
-            413,
-            f"The body is larger than {self._largest} bytes. Send fewer or shorter messages.",
-            code="body_too_large",
-        )
         declared = dict(scope["headers"]).get(b"content-length", b"0")
         if declared.isdigit() and int(declared) > self._largest:
-            return await too_large.response()(scope, receive, send)
+            return await self._too_large().response()(scope, receive, send)
         seen = 0
 
         async def counted() -> Message:
@@ -131,10 +126,14 @@ class BodyLimit:
             message = await receive()
             seen += len(message.get("body", b""))
             if seen > self._largest:
-                raise too_large
+                raise self._too_large()
             return message
 
         await self._app(scope, counted, send)
+
+    def _too_large(self) -> ApiError:
+        message = f"The body is larger than {self._largest} bytes. Send fewer or shorter messages."
+        return ApiError(413, message, code="body_too_large")
 
 
 class Measured:

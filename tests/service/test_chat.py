@@ -8,6 +8,7 @@ import aiohttp
 import pytest
 
 from data.types import Role
+from service import sse
 from tests.conftest import CREATED, Answer, FakeEngine, House, OpenHouse, Reply, eventually, say, stream_chunks
 
 LOGPROBS = {"content": [{"token": "Hi", "logprob": -0.25, "bytes": [72, 105], "top_logprobs": []}]}
@@ -296,6 +297,20 @@ async def test_metadata_is_taken_and_passed_on_to_nobody(house: House, engine: F
     (row,) = await house.rows("completions")
     assert json.loads(row["sampling"]) == {"max_tokens": 512}
     assert engine.chats[0].body.keys() == {"model", "messages", "max_tokens", "priority"}
+
+
+async def test_what_a_stream_said_is_read_for_the_record_after_the_client_has_it_all(
+    house: House, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def unreadable(self: sse.Rewriter) -> None:
+        raise ValueError("no record of this one")
+
+    monkeypatch.setattr(sse.Rewriter, "transcripts", unreadable)
+    answer = await house.chat(stream=True, stream_options={"include_usage": True})
+    assert answer.streamed() == "Hi there."
+    assert answer.chunks[-1]["usage"]["completion_tokens"] == 3
+    assert answer.events[-1] == "[DONE]"
+    await eventually(lambda: "no record of this one" in caplog.text)
 
 
 # A client that goes away

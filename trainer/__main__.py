@@ -11,6 +11,8 @@ from dataclasses import asdict
 from types import FrameType
 from typing import Any
 
+from pysqlite3 import dbapi2 as sqlite3
+
 from data import registry, runs
 from data.database import connect
 from data.settings import BadSettings, Settings, load_settings
@@ -45,6 +47,7 @@ def once(settings: Settings, *, request: dict[str, Any] | None, as_json: bool) -
             from transformers.utils.logging import disable_progress_bar
 
             from trainer.job import once as carry_out
+            from trainer.job import what_to_do
 
             disable_progress_bar()  # there is one display, and it is ours
             if settings.training.threads:
@@ -52,6 +55,9 @@ def once(settings: Settings, *, request: dict[str, Any] | None, as_json: bool) -
             run = carry_out(settings, request=request, watch=display)
     except runs.RunActive as active:
         print(f"{active} is queued or running already: watch it, or cancel it first.", file=sys.stderr)
+        return 1
+    except sqlite3.OperationalError as error:
+        print(what_to_do(error), file=sys.stderr)
         return 1
     except KeyboardInterrupt:
         return 130

@@ -148,6 +148,7 @@ class _Night:
         left += [*state.glob("reward_models/.rm_*.building"), *state.glob("policies/.policy-*.building")]
         for folder in left:
             shutil.rmtree(folder)
+        self.keeper.set_room_aside()
 
     def _load(self) -> tuple[Backbone, ChatFormat]:
         self._stage("loading the model")

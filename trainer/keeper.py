@@ -1,5 +1,6 @@
 """Keeps a running run's row alive: a heartbeat from a thread of its own, figures, and the wish to cancel."""
 
+import os
 import threading
 import time
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from data.types import RunStatus
 BEAT_S = 5.0
 LOOK_S = 0.5
 """How often to look whether what is waited for is over."""
+ROOM_BYTES = 2**20
+"""Set aside on the disk while a run is under way, so that on a full one its end can still be written down."""
 
 
 class Cancelled(Exception):
@@ -28,6 +31,7 @@ class Keeper:
 
     def __init__(self, database: Path, run_id: str) -> None:
         self._db = connect(database)
+        self._room = database.with_name("run.room")
         self._run_id = run_id
         self._stage = "starting"
         self._lock = threading.Lock()
@@ -45,7 +49,13 @@ class Keeper:
     ) -> None:
         self._closed.set()
         self._thread.join()
+        self._room.unlink(missing_ok=True)
         self._db.close()
+
+    def set_room_aside(self) -> None:
+        """Take ROOM_BYTES of the disk until the run ends. Raises OSError where it has not even that."""
+        with self._room.open("wb") as file:
+            os.posix_fallocate(file.fileno(), 0, ROOM_BYTES)
 
     def stage(self, name: str) -> None:
         self._stage = name
@@ -74,6 +84,7 @@ class Keeper:
 
     def finish(self, status: RunStatus, *, error: str | None = None) -> None:
         """End the run, unless it has ended already."""
+        self._room.unlink(missing_ok=True)
         with suppress(runs.RunLost), self._lock, transaction(self._db):
             runs.finish(self._db, self._run_id, status, error=error)
 

@@ -244,6 +244,29 @@ def test_a_failure_while_publishing(
         failed(settings, db, sentence)
 
 
+def test_the_end_of_a_run_can_be_written_on_a_full_disk(
+    settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Room for it is set aside at the beginning and given back just before."""
+    room: list[int] = []
+    finish = runs.finish
+
+    def seen(*args: Any, **kwargs: Any) -> None:
+        room.append(sum(path.stat().st_blocks * 512 for path in settings.state.glob("run.room")))
+        finish(*args, **kwargs)
+
+    def measured(*args: Any, **kwargs: Any) -> None:
+        room.append(sum(path.stat().st_blocks * 512 for path in settings.state.glob("run.room")))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(runs, "finish", seen)
+        patch.setattr(job, "measure", measured)
+        failed(settings, db, "The disk is full")
+    assert room[0] >= 2**20
+    assert room[1:] == [0]
+
+
 @pytest.mark.parametrize(
     ("training", "sentence"),
     [

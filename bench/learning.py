@@ -2,7 +2,7 @@
 
 The gold preference is a program: right, warm, concise and finished answers are better. Two answers to one prompt
 differ by 2.4 on average, and each vote is drawn from sigma(difference), so votes are as noisy as people. Nothing
-here is known to the training code but the votes.
+here is known to the training code but the votes, and the trusted pairs that come with the starter model.
 
     python -m bench.learning --quick --votes 1000 --json
 """
@@ -87,28 +87,45 @@ class Bench:
                 golden.append(Pair(a, b) if difference > 0 else Pair(b, a))
         return voted, golden
 
+    def trusted(self, weight: float) -> list[Pair]:
+        """The pairs shipped with the starter model; they share no entity with the probes."""
+        pairs = []
+        for record in map(json.loads, (STARTER / "trusted.jsonl").read_text(encoding="utf-8").splitlines()):
+            answers = (
+                self.chat.answer(record["prompt"], record[side][0]["content"]) for side in ("chosen", "rejected")
+            )
+            pairs.append(Pair(*answers, weight=weight))
+        return pairs
+
     def calibrate(self, prompts: Sequence[Prompt]) -> None:
         """Scale gold such that two answers differ by MEAN_DIFFERENCE on average."""
         first, second = self.answers(prompts, draw=0), self.answers(prompts, draw=1)
         difference = (self.gold(prompts, first) - self.gold(prompts, second)).abs().mean()
         self.gold = replace(self.gold, scale=MEAN_DIFFERENCE / float(difference))
 
-    def facts(self, adapter: str | None, draws: int = 4) -> float:
-        """The share of the frozen fact probes answered right, at temperature 1."""
-        asked = probes.load("facts") * draws
+    def probes(self, adapter: str | None, draws: int = 4) -> dict[str, float]:
+        """The shares of the frozen probes of each kind answered right, at temperature 1."""
         sample = LocalSampler(self.backbone, adapter, self.sampling)
-        answers = sample([self.chat.query(p.messages) for p in asked], range(len(asked)))
-        return sum(probes.is_right(p, self.chat.text(a)) for p, a in zip(asked, answers, strict=True)) / len(asked)
+        shares: dict[str, float] = {}
+        for kind in probes.KINDS:
+            asked = probes.load(kind) * draws
+            answers = sample([self.chat.query(p.messages) for p in asked], range(len(asked)))
+            right = [probes.is_right(p, self.chat.text(a)) for p, a in zip(asked, answers, strict=True)]
+            shares[kind] = sum(right) / len(right)
+        return shares
 
-    def run(self, votes: int, held_out: int, ppo_config: PPOConfig, reward_config: RewardConfig) -> dict[str, Any]:
+    def run(
+        self, votes: int, held_out: int, trusted_weight: float, ppo_config: PPOConfig, reward_config: RewardConfig
+    ) -> dict[str, Any]:
         train_prompts = dialogues.prompts(votes, seed=self.seed, held_out=False)
         test_prompts = dialogues.prompts(held_out, seed=self.seed, held_out=True)
         self.calibrate(train_prompts[:500])
         voted, _ = self.pairs(train_prompts, draw=2)
         test_voted, test_golden = self.pairs(test_prompts, draw=4)
+        training = voted + self.trusted(trusted_weight) if trusted_weight else voted
 
         started = time.monotonic()
-        model = reward_model.train(self.backbone, "reward", voted, reward_config, accelerator=self.accelerator)
+        model = reward_model.train(self.backbone, "reward", training, reward_config, accelerator=self.accelerator)
         model.normalise(self.answers(train_prompts[:256], draw=6))
         reward_seconds = time.monotonic() - started
         report = reward_model.report(model, test_voted, voted)
@@ -141,8 +158,8 @@ class Bench:
             "win_rate_high": high,
             "gold_before": float(gold_theirs.mean()),
             "gold_after": float(gold_ours.mean()),
-            "facts_before": self.facts(None),
-            "facts_after": self.facts("policy"),
+            **{f"{kind}_before": share for kind, share in self.probes(None).items()},
+            **{f"{kind}_after": share for kind, share in self.probes("policy").items()},
             "kl": curve[-1]["kl"],
             "length_before": sum(len(a.response) for a in theirs) / len(theirs),
             "length_after": sum(len(a.response) for a in ours) / len(ours),
@@ -150,7 +167,7 @@ class Bench:
             "reward_seconds": reward_seconds,
             "ppo_seconds": ppo_seconds,
             "episodes_per_s": sum(f["episodes_per_s"] for f in curve) / len(curve),
-            "pairs_per_s": len(voted) / reward_seconds,
+            "pairs_per_s": len(training) / reward_seconds,
             "curve": [{k: round(f[k], 3) for k in ("score", "kl", "length", "entropy", "clipped")} for f in curve],
         }
 
@@ -163,13 +180,14 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     parser.add_argument("--float32", action="store_true", help="no bfloat16 products")
     parser.add_argument("--model", type=Path, default=STARTER, help="folder of the starter model")
+    parser.add_argument("--trusted-weight", type=float, default=0.5, help="of a trusted pair beside a vote; 0: none")
     parser.add_argument("--ppo", type=json.loads, default={}, help="fields of PPOConfig, as JSON")
     parser.add_argument("--reward", type=json.loads, default={}, help="fields of RewardConfig, as JSON")
     arguments = parser.parse_args()
     votes = arguments.votes or (1000 if arguments.quick else 4000)
     bench = Bench(seed=arguments.seed, bf16=not arguments.float32, model=arguments.model)
     figures = bench.run(
-        votes, 500, replace(PPO, seed=arguments.seed, **arguments.ppo),
+        votes, 500, arguments.trusted_weight, replace(PPO, seed=arguments.seed, **arguments.ppo),
         replace(REWARD, seed=arguments.seed, **arguments.reward),
     )  # fmt: skip
 

@@ -98,7 +98,7 @@ class TrainingSettings(_Section):
     """Largest part of the votes' total weight that one person's votes may have."""
     uncapped_votes: int = Field(200, ge=0)
     """A person's first so many votes count in full, whatever their share."""
-    trusted_weight: float = Field(1.0, ge=0)
+    trusted_weight: float = Field(0.5, ge=0)
     """What a trusted pair weighs beside a vote."""
     max_prompt_tokens: int = Field(1024, ge=1)
     """Votes on longer prompts are left out."""

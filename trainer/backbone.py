@@ -87,15 +87,27 @@ class Backbone:
         window = getattr(config, "sliding_window", None)
         return config._attn_implementation == "sdpa" and (window is None or length <= window)
 
-    def hidden(self, batch: Batch, columns: Tensor) -> Tensor:
-        """(B, R, d) last hidden states at `columns` (B, R), under the adapter that is on."""
-        states = self._decoder(
+    def hidden(self, batch: Batch) -> Tensor:
+        """(B, T, d) last hidden states under the adapter that is on."""
+        states: Tensor = self._decoder(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             position_ids=batch.position_ids,
             use_cache=False,
         ).last_hidden_state
-        return states.gather(1, columns[:, :, None].expand(-1, -1, states.shape[-1]))
+        return states
+
+    def before_responses(self, batch: Batch) -> Tensor:
+        """(B, R, d) the hidden states that predict the response tokens."""
+        states = self.hidden(batch)
+        return states.gather(1, batch.columns[:, :, None].expand(-1, -1, states.shape[-1]))
+
+    def response_means(self, batch: Batch) -> Tensor:
+        """(B, K, d) the mean hidden state of each response in a row."""
+        states = self.hidden(batch)
+        column = torch.arange(states.shape[1], device=states.device)
+        inside = (column >= batch.spans[:, :, :1]) & (column <= batch.spans[:, :, 1:])  # (B, K, T)
+        return (inside / inside.sum(dim=2, keepdim=True)).to(states.dtype) @ states
 
     def next_hidden(self, ids: Tensor, attention: Tensor, positions: Tensor, cache: Cache) -> Tensor:
         """(B, d) last hidden states after the tokens `ids` (B, T) that follow what is in the cache.
@@ -121,7 +133,7 @@ class Backbone:
 
     def logprobs(self, batch: Batch, *, temperature: float) -> Tensor:
         """(B, R) log-probabilities (nats) of the response tokens at this temperature; 0 in the padding."""
-        hidden = self.hidden(batch, batch.columns)[batch.mask]  # (N, d)
+        hidden = self.before_responses(batch)[batch.mask]  # (N, d)
         rows = max(1, HEAD_ELEMENTS // self.vocab_size)
         parts = []
         for states, tokens in zip(hidden.split(rows), batch.response[batch.mask].split(rows), strict=True):

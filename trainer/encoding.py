@@ -44,7 +44,7 @@ class Batch:
     columns: Tensor  # (B, R) the column whose hidden state predicts the response token
     response: Tensor  # (B, R) the response tokens, 0 in the padding
     mask: Tensor  # (B, R) True on response tokens
-    last: Tensor  # (B,) the column of the last response token
+    spans: Tensor  # (B, K, 2) first and last column of each response in the row; K is 1 but for pairs
     attention_mask: Tensor | None = None  # (B, T) where there is padding on the left, or (B, 1, T, T)
     position_ids: Tensor | None = None  # (B, T), counted from 0 where None
 
@@ -60,35 +60,34 @@ def collate(answers: Sequence[Answer], device: torch.device | str = "cpu") -> Ba
         columns=torch.where(mask, queries[:, None] - 1 + steps, 0),
         response=pad([a.response for a in answers], 0, device),
         mask=mask,
-        last=queries + responses - 1,
+        spans=torch.stack([queries, queries + responses - 1], dim=1)[:, None],
     )
 
 
 def collate_pairs(
     chosen: Sequence[Answer], rejected: Sequence[Answer], device: torch.device | str = "cpu"
-) -> tuple[Batch, Tensor]:
+) -> Batch:
     """Rows of query, chosen and rejected response, where neither response sees the other.
 
-    The batch is that of the chosen answers; beside it (B, 2), the last columns of chosen and rejected.
+    The batch is that of the chosen answers, but for `spans`, which are those of both.
     """
     rows = [c.query + c.response + r.response for c, r in zip(chosen, rejected, strict=True)]
     input_ids = pad(rows, 0, device)
     batch = collate(chosen, device)
-    split = batch.last[:, None] + 1  # where the rejected response begins
-    lengths = torch.tensor([len(a.response) for a in chosen], device=device)[:, None]
+    start, end = batch.spans[:, 0, :1], batch.spans[:, 0, 1:]  # (B, 1) each
     column = torch.arange(input_ids.shape[1], device=device)
-    in_rejected = column >= split
-    in_chosen = ~in_rejected & (column >= split - lengths)
+    in_rejected = column > end
+    in_chosen = ~in_rejected & (column >= start)
     unseen = in_rejected[:, :, None] & in_chosen[:, None, :]
     causal = column[:, None] >= column
     ends = torch.tensor([len(row) - 1 for row in rows], device=device)
-    masked = replace(
+    return replace(
         batch,
         input_ids=input_ids,
+        spans=torch.stack([batch.spans[:, 0], torch.stack([end[:, 0] + 1, ends], dim=1)], dim=1),
         attention_mask=(causal & ~unseen)[:, None],
-        position_ids=torch.where(in_rejected, column - lengths, column),
+        position_ids=torch.where(in_rejected, column - (end + 1 - start), column),
     )
-    return masked, torch.stack([batch.last, ends], dim=1)
 
 
 def pad(rows: Sequence[Sequence[float]], fill: float, device: torch.device | str = "cpu") -> Tensor:

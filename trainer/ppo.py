@@ -43,7 +43,7 @@ class PPOConfig:
     """Padded tokens in one forward and backward; changes the memory used, and no result."""
     learning_rate: float = 1.5e-3
     """Of policy and value adapters at the first step; falls to 0 in a straight line."""
-    beta: float = 0.15
+    beta: float = 0.3
     """Price of one nat of KL divergence from the reference, in units of the score."""
     gamma: float = 1.0
     """Discount per token."""
@@ -245,10 +245,13 @@ class _Loop:
             return self.backbone.logprobs(batch, temperature=self.config.temperature)
 
     def _values(self, batch: Batch) -> Tensor:
-        """(B, R): what is still to come, as seen before each response token."""
+        """(B, R): what is still to come, as seen before each response token: the head on the mean state of the response
+        so far, which is where the reward model looks."""
         with self.backbone.adapters.on("value"):
-            hidden = self.backbone.hidden(batch, batch.columns)
-        return self.value_head(hidden.to(self.value_head.weight.dtype))[:, :, 0]
+            states = self.backbone.before_responses(batch)
+        steps = torch.arange(1, states.shape[1] + 1, device=states.device)
+        means = states.to(self.value_head.weight.dtype).cumsum(dim=1) / steps[:, None]
+        return self.value_head(means)[:, :, 0]
 
 
 def _in_order(shares: list[Episode], processes: int) -> list[Episode]:

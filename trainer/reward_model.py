@@ -1,7 +1,10 @@
-"""A reward model from comparisons: the base under a LoRA adapter, K scalar heads at an answer's last token.
+"""A reward model from comparisons: the base under a LoRA adapter, K scalar heads on an answer's mean state.
 
 Bradley-Terry, with Davidson's extension (1970) for ties: P(first wins) : P(second wins) : P(tie)
 = e^r1 : e^r2 : nu e^((r1 + r2) / 2). Without ties nu is 0 and the loss is -log sigma(r_chosen - r_rejected).
+
+The heads see the mean of the last hidden states over the response. What a base that never had to sum up an answer
+holds at its last token is next to nothing: see DECISIONS.md.
 """
 
 import math
@@ -45,11 +48,11 @@ class RewardConfig:
     """Scalar heads on the shared trunk; the score is their mean."""
     epochs: int = 1
     """Passes over all votes."""
-    batch: int = 32
+    batch: int = 16
     """Pairs an optimizer step, over all processes."""
     microbatch_tokens: int = 4096
     """Padded tokens in one forward and backward; changes the memory used, and no result."""
-    learning_rate: float = 2e-3
+    learning_rate: float = 3e-3
     """Of adapter and heads at the first step; falls to 0 in a straight line."""
     centring: float = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0."""
@@ -116,12 +119,11 @@ class RewardModel:
         """(2, B, K): raw rewards of the chosen and of the rejected answers, from one forward."""
         chosen, rejected = [p.chosen for p in pairs], [p.rejected for p in pairs]
         if self._shared_query_pays(pairs):
-            batch, last = collate_pairs(chosen, rejected, self.backbone.device)
+            batch = collate_pairs(chosen, rejected, self.backbone.device)
         else:
             batch = collate([*chosen, *rejected], self.backbone.device)
-            last = batch.last[:, None]
         with self.backbone.adapters.on(self.adapter):
-            hidden = self.backbone.hidden(batch, last)
+            hidden = self.backbone.response_means(batch)
         rewards = self.head(hidden.to(self.head.weight.dtype))  # (B, 2, K) or (2B, 1, K)
         return rewards.transpose(0, 1) if rewards.shape[1] == 2 else rewards.view(2, len(pairs), -1)
 
@@ -138,7 +140,7 @@ class RewardModel:
         for group in by_length([len(a) for a in answers], microbatch_tokens):
             batch = collate([answers[i] for i in group], self.backbone.device)
             with self.backbone.adapters.on(self.adapter):
-                hidden = self.backbone.hidden(batch, batch.last[:, None])[:, 0]
+                hidden = self.backbone.response_means(batch)[:, 0]
             rewards[group] = self.head(hidden.to(self.head.weight.dtype)).cpu()
         return rewards
 

@@ -27,7 +27,7 @@ def left_padded(answers: list[Answer]) -> Batch:
         columns=torch.where(right.mask, right.columns + shift[:, None], 0),
         response=right.response,
         mask=right.mask,
-        last=right.last + shift,
+        spans=right.spans + shift[:, None, None],
         attention_mask=attention,
         position_ids=(attention.cumsum(1) - 1).clamp(min=0),
     )

@@ -34,7 +34,8 @@ def test_columns_point_one_before_each_response_token() -> None:
         for t, token in enumerate(answer.response):
             assert batch.mask[row, t]
             assert batch.input_ids[row, batch.columns[row, t] + 1] == token
-        assert batch.input_ids[row, batch.last[row]] == answer.response[-1]
+        first, last = batch.spans[row, 0].tolist()
+        assert tuple(batch.input_ids[row, first : last + 1].tolist()) == answer.response
     assert batch.mask.sum() == 5
     assert torch.equal(batch.input_ids[0], torch.tensor([5, 6, 7, 8, 9]))
 

@@ -66,9 +66,8 @@ def test_pairs_in_one_row_and_in_two_get_the_same_rewards(tiny_backbone: MakeBac
     pairs = make_pairs(7, query=1) + make_pairs(3, query=9, seed=1)
     chosen, rejected = [p.chosen for p in pairs], [p.rejected for p in pairs]
     with torch.no_grad(), backbone.adapters.on("reward"):
-        shared, last = collate_pairs(chosen, rejected)
-        together = backbone.hidden(shared, last)
-        apart = [backbone.hidden(b, b.last[:, None])[:, 0] for b in map(collate, (chosen, rejected))]
+        together = backbone.response_means(collate_pairs(chosen, rejected))
+        apart = [backbone.response_means(collate(answers))[:, 0] for answers in (chosen, rejected)]
     assert torch.allclose(together[:, 0], apart[0], atol=1e-10)
     assert torch.allclose(together[:, 1], apart[1], atol=1e-10)
 
@@ -145,7 +144,7 @@ def test_it_learns_what_tells_the_pairs_apart_and_beats_the_lengths(
     head = model.value_start("value")
     batch = collate(samples)
     with torch.no_grad(), backbone.adapters.on("value"):
-        values = head(backbone.hidden(batch, batch.last[:, None])[:, 0])[:, 0]
+        values = head(backbone.response_means(batch)[:, 0])[:, 0]
     assert torch.allclose(values, model.score(samples), atol=1e-9)
 
 

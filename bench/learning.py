@@ -91,10 +91,10 @@ class Bench:
         """The pairs shipped with the starter model; they share no entity with the probes."""
         pairs = []
         for record in map(json.loads, (STARTER / "trusted.jsonl").read_text(encoding="utf-8").splitlines()):
-            answers = (
+            chosen, rejected = (
                 self.chat.answer(record["prompt"], record[side][0]["content"]) for side in ("chosen", "rejected")
             )
-            pairs.append(Pair(*answers, weight=weight))
+            pairs.append(Pair(chosen, rejected, weight=weight))
         return pairs
 
     def calibrate(self, prompts: Sequence[Prompt]) -> None:

@@ -22,7 +22,9 @@ def test_every_command_in_the_readme_works(house: House, tmp_path: Path) -> None
         for line in block.replace("\\\n", " ").splitlines():
             if line in RUN_ELSEWHERE or line.startswith(("export NIGHTSHIFT_URL=", "python -m bench.")):
                 continue  # the house's own address and key are in the environment; tests/bench runs the benchmarks
-            commands.append(line.replace(". .venv/", f". '{REPOSITORY}'/.venv/"))
+            for path in (".venv/", "data/starter/"):
+                line = line.replace(f" {path}", f" '{REPOSITORY}'/{path}")
+            commands.append(line)
     script = "set -euo pipefail\n" + "\n".join(commands)
     done = subprocess.run(
         ["bash", "-c", script],

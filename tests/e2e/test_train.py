@@ -51,6 +51,7 @@ async def say_hello(house: House) -> str:
 async def test_votes_become_a_candidate_while_people_chat(house: House) -> None:
     await chat_and_vote(house)
     quick = {
+        "NIGHTSHIFT_TRAINING__THREADS": "1",  # on two cores, two threads beside the engine's are slower than one
         "NIGHTSHIFT_TRAINING__MIN_VOTES": "20",
         "NIGHTSHIFT_TRAINING__PPO": '{"steps": 2, "rollouts": 32}',
         "NIGHTSHIFT_TRAINING__MAX_ANSWER_TOKENS": "64",

@@ -121,7 +121,8 @@ class Bench:
         test_prompts = dialogues.prompts(held_out, seed=self.seed, held_out=True)
         self.calibrate(train_prompts[:500])
         voted, _ = self.pairs(train_prompts, draw=2)
-        test_voted, test_golden = self.pairs(test_prompts, draw=4)
+        judged_prompts = dialogues.prompts(3 * held_out, seed=self.seed, held_out=True)
+        test_voted, test_golden = self.pairs(judged_prompts, draw=4)
         training = voted + self.trusted(trusted_weight) if trusted_weight else voted
 
         started = time.monotonic()

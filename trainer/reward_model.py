@@ -46,13 +46,13 @@ class Pair:
 class RewardConfig:
     heads: int = 5
     """Scalar heads on the shared trunk; the score is their mean."""
-    epochs: int = 1
+    epochs: int = 2
     """Passes over all votes."""
-    batch: int = 16
+    batch: int = 8
     """Pairs an optimizer step, over all processes."""
     microbatch_tokens: int = 4096
     """Padded tokens in one forward and backward; changes the memory used, and no result."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 1.5e-3
     """Of adapter and heads at the first step; falls to 0 in a straight line."""
     centring: float = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0."""

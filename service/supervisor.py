@@ -165,6 +165,7 @@ async def up(
             note("stopping")
             for child in reversed(children):
                 await child.stop()
+            _engine_file(settings.state).unlink(missing_ok=True)
 
 
 async def _first_of(*tasks: asyncio.Task[Any]) -> None:
@@ -265,11 +266,14 @@ def _children(settings: Settings, model: Path) -> list[Child]:
     if settings.engine.urls:
         return [api]
     port = settings.engine.port or _free_port()
-    key = secrets.token_urlsafe(32)
-    api.environment |= {
-        "NIGHTSHIFT_ENGINE__URLS": json.dumps([f"http://127.0.0.1:{port}"]),
-        "NIGHTSHIFT_ENGINE__API_KEY": key,
-    }
+    url, key = f"http://127.0.0.1:{port}", secrets.token_urlsafe(32)
+    api.environment |= {"NIGHTSHIFT_ENGINE__URLS": json.dumps([url]), "NIGHTSHIFT_ENGINE__API_KEY": key}
+    # For a trainer that somebody starts by hand: it looks there for whom to wait, and who may sample for it.
+    unfinished = _engine_file(settings.state).with_suffix(".part")
+    unfinished.unlink(missing_ok=True)
+    unfinished.touch(mode=0o600)
+    unfinished.write_text(json.dumps({"url": url, "key": key}))
+    unfinished.replace(_engine_file(settings.state))
     engine = Child(
         "engine",
         engine_command(settings, model, port),
@@ -278,6 +282,11 @@ def _children(settings: Settings, model: Path) -> list[Child]:
         ENGINE_STOP_S,
     )
     return [engine, api]
+
+
+def _engine_file(state: Path) -> Path:
+    """Where and with which key the engine that we started is reached; for this machine's user alone."""
+    return state / "engine.json"
 
 
 def _free_port() -> int:

@@ -64,9 +64,7 @@ def collate(answers: Sequence[Answer], device: torch.device | str = "cpu") -> Ba
     )
 
 
-def collate_pairs(
-    chosen: Sequence[Answer], rejected: Sequence[Answer], device: torch.device | str = "cpu"
-) -> Batch:
+def collate_pairs(chosen: Sequence[Answer], rejected: Sequence[Answer], device: torch.device | str = "cpu") -> Batch:
     """Rows of query, chosen and rejected response, where neither response sees the other.
 
     The batch is that of the chosen answers, but for `spans`, which are those of both.

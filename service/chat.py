@@ -12,7 +12,7 @@ import orjson
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from data import comparisons, completions, registry
+from data import comparisons, completions
 from data.ids import new_id
 from data.types import (
     Comparison,
@@ -152,18 +152,16 @@ def _prepare(state: State, body: ChatRequest, key: Key) -> _Call:
     if not body.max_tokens and not body.max_completion_tokens:
         sampling["max_tokens"] = min(caps.max_tokens, state.engines.context_length or caps.max_tokens)
     user = f"{key.id}/{body.user}" if body.user else key.id
-    serving = registry.serving(state.reader)
-    assert serving is not None  # an engine is ready, so it holds one
     return _Call(
         state=state,
         key=key,
         user=user,
         messages=given["messages"],
         sampling=sampling,
-        serving=serving.name,
+        serving=state.engines.serving,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        plan=_plan(state, body, key, user, serving.name),
+        plan=_plan(state, body, key, user, state.engines.serving),
         started=time.perf_counter(),
     )
 

@@ -79,6 +79,9 @@ class Engines:
         RuntimeError with a message for the operator. `confirmed()` is called when every engine has loaded and
         warmed all of them."""
         self.engines = [Engine(url.rstrip("/")) for url in settings.urls]
+        self.serving = ""
+        """The policy that new requests take, by name: the first of those wanted, once an engine that is ready holds it.
+        Asking the record at every request is dear: each answer written makes a reader read its pages anew."""
         self._settings = settings
         self._wanted = wanted
         self._folder_of = folder_of
@@ -196,6 +199,7 @@ class Engines:
                 raise EngineProblem("it does not answer as vLLM does", "/v1/models. Is this URL right?") from None
         wanted = self._wanted()
         if engine.ready and all(policy.name in held for policy in wanted):
+            self.serving = wanted[0].name
             return
         engine.ready = False
         for policy in wanted:
@@ -208,6 +212,7 @@ class Engines:
         lengths = (model.get("max_model_len") for model in held.values())
         engine.context_length = min((length for length in lengths if length), default=None)
         engine.ready, engine.problem, engine.logged = True, "", ""
+        self.serving = wanted[0].name
         if all(other.ready for other in self.engines):
             await self._confirmed()
         log.info("%s is ready with %s", engine.url, ", ".join(policy.name for policy in wanted))

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import pytest
@@ -678,31 +678,61 @@ async def test_a_record_that_cannot_be_read_is_503_and_the_reason_is_in_the_log(
 # 504, and what happens amid a stream
 
 
+LIMIT_S = 123.0
+
+
+@pytest.fixture
+def time_is_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let the time of all answers under way be up now, where `chat.timeout_s` is LIMIT_S."""
+    limits: list[asyncio.Timeout] = []
+    timeout = asyncio.timeout
+
+    def noted(seconds: float | None) -> asyncio.Timeout:
+        limit = timeout(seconds)
+        if seconds == LIMIT_S:
+            limits.append(limit)
+        return limit
+
+    def up() -> None:
+        for limit in limits:
+            limit.reschedule(0.0)
+
+    monkeypatch.setattr(asyncio, "timeout", noted)
+    return up
+
+
 @pytest.mark.parametrize("feedback", ["off", "always"])
 async def test_an_answer_over_the_time_limit_is_504_and_stopped(
-    open_house: OpenHouse, engine: FakeEngine, feedback: str
+    open_house: OpenHouse, engine: FakeEngine, time_is_up: Callable[[], None], feedback: str
 ) -> None:
-    house = await open_house(engine, chat={"timeout_s": 0.5})
+    house = await open_house(engine, chat={"timeout_s": LIMIT_S})
     engine.answer = lambda body: Reply(hold_after=0)
-    answer = await house.chat(feedback=feedback)
-    assert_error(answer, 504, "timeout_error", "timeout", "longer than 0.5 s", "fewer tokens")
-    await eventually(lambda: engine.chats and all(chat.cut_off for chat in engine.chats))
+    asking = asyncio.create_task(house.chat(feedback=feedback))
+    await eventually(lambda: len(engine.chats) == (2 if feedback == "always" else 1))
+    time_is_up()
+    assert_error(await asking, 504, "timeout_error", "timeout", "longer than 123 s", "fewer tokens")
+    await eventually(lambda: all(chat.cut_off for chat in engine.chats))
     rows = await house.rows("completions")
     assert {row["status"] for row in rows} == {"aborted"}
 
 
 @pytest.mark.parametrize("feedback", ["off", "always"])
 async def test_a_stream_over_the_time_limit_ends_with_an_error_event(
-    open_house: OpenHouse, engine: FakeEngine, feedback: str
+    open_house: OpenHouse, engine: FakeEngine, time_is_up: Callable[[], None], feedback: str
 ) -> None:
-    house = await open_house(engine, chat={"timeout_s": 0.5})
+    house = await open_house(engine, chat={"timeout_s": LIMIT_S})
     engine.answer = lambda body: say("One", " two", hold_after=1)
-    answer = await house.chat(stream=True, feedback=feedback)
+    async with house.open_chat(stream=True, feedback=feedback) as response:
+        seen = b""
+        while seen.count(b"One") < (2 if feedback == "always" else 1):
+            seen += await response.content.readany()
+        time_is_up()
+        answer = Answer(response.status, {}, seen + await response.content.read())
     assert answer.status == 200
     assert answer.streamed() == "One"
     error = json.loads(answer.events[-1])["error"]
     assert (error["type"], error["code"]) == ("timeout_error", "timeout")
-    await eventually(lambda: engine.chats and all(chat.cut_off for chat in engine.chats))
+    await eventually(lambda: all(chat.cut_off for chat in engine.chats))
     rows = await house.rows("completions")
     assert {(row["status"], row["answer"]) for row in rows} == {("aborted", "One")}
     assert await house.rows("comparisons") == []

@@ -306,6 +306,8 @@ def engine_command(settings: Settings, model: Path, port: int) -> list[str]:
         *("--enable-lora", "--max-loras", str(engine.max_adapters), "--max-lora-rank", str(engine.max_lora_rank)),
         *("--generation-config", "vllm", "--logprobs-mode", "processed_logprobs"),
         *("--scheduling-policy", "priority", "--max-num-queued-reqs", str(engine.max_queued)),
+        # JSON allows any white space between its parts, and a small model may write nothing else up to the limit.
+        *("--structured-outputs-config", '{"backend": "xgrammar", "disable_any_whitespace": true}'),
         *("--shutdown-timeout", "30", "--disable-uvicorn-access-log"),
         *(("--dtype", engine.dtype or "float32", "--enforce-eager") if on_cpu() else ()),
         *(("--dtype", engine.dtype) if engine.dtype and not on_cpu() else ()),

@@ -41,8 +41,9 @@ async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: Hou
             f"{house.url}/v1/chat/completions", json=body | {"stream": False, "max_tokens": 5}
         ) as response:
             assert response.status == 200, await response.text()
-    wait_until(lambda: house.rows("SELECT 1 FROM completions WHERE completion_tokens = 5"), 10, "the last is logged")
     story = '[{"role": "user", "content": "Tell me a long story."}]'
+    last = "SELECT 1 FROM completions WHERE completion_tokens = 5 AND messages = ?"
+    wait_until(lambda: house.rows(last, story), 10, "the last is logged")
     statuses = {row[0] for row in house.rows("SELECT status FROM completions WHERE messages = ?", story)}
     whole = house.rows("SELECT completion_tokens FROM completions WHERE messages = ? AND status = 'complete'", story)
     assert "failed" in statuses

@@ -204,3 +204,80 @@ def m0004_remember_who_held_a_pair(db: Database) -> None:
         ALTER TABLE comparisons DROP COLUMN rater_until;
         """,
     )
+
+
+@migrations()
+def m0005_swap_without_a_seam(db: Database) -> None:
+    _run(
+        db,
+        """
+        CREATE TABLE leases (
+            name TEXT PRIMARY KEY,
+            holder TEXT NOT NULL,
+            until TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TABLE schedules (
+            id TEXT PRIMARY KEY,
+            kind TEXT NOT NULL CHECK (kind IN ('cron', 'every', 'votes')),
+            spec TEXT NOT NULL,
+            timezone TEXT NOT NULL,
+            paused INTEGER NOT NULL CHECK (paused IN (0, 1)),
+            created_by TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            updated_at TEXT NOT NULL,
+            since TEXT NOT NULL,
+            last_due_at TEXT,
+            last_run TEXT REFERENCES runs (id),
+            problem TEXT
+        ) STRICT;
+
+        CREATE TABLE duels (
+            id TEXT PRIMARY KEY,
+            kind TEXT NOT NULL CHECK (kind IN ('trial', 'watch')),
+            challenger TEXT NOT NULL REFERENCES policies (name),
+            incumbent TEXT NOT NULL REFERENCES policies (name),
+            threshold REAL NOT NULL,
+            budget INTEGER NOT NULL,
+            status TEXT NOT NULL CHECK (status IN ('running', 'won', 'lost', 'undecided', 'ended')),
+            wins INTEGER NOT NULL DEFAULT 0,
+            losses INTEGER NOT NULL DEFAULT 0,
+            ties INTEGER NOT NULL DEFAULT 0,
+            e_value REAL NOT NULL DEFAULT 1,
+            e_mirrored REAL NOT NULL DEFAULT 1,
+            rate_low REAL NOT NULL DEFAULT 0,
+            rate_high REAL NOT NULL DEFAULT 1,
+            reason TEXT,
+            started_at TEXT NOT NULL,
+            ended_at TEXT
+        ) STRICT;
+        CREATE UNIQUE INDEX duels_one_runs ON duels (status) WHERE status = 'running';
+
+        CREATE TABLE duel_curve (
+            duel_id TEXT NOT NULL REFERENCES duels (id),
+            votes INTEGER NOT NULL,
+            e_value REAL NOT NULL,
+            e_mirrored REAL NOT NULL,
+            rate_low REAL NOT NULL,
+            rate_high REAL NOT NULL,
+            at TEXT NOT NULL,
+            PRIMARY KEY (duel_id, votes)
+        ) STRICT, WITHOUT ROWID;
+
+        ALTER TABLE comparisons ADD COLUMN duel_id TEXT REFERENCES duels (id);
+        CREATE INDEX comparisons_by_duel ON comparisons (duel_id) WHERE duel_id IS NOT NULL;
+
+        CREATE TABLE swaps (
+            id TEXT PRIMARY KEY,
+            policy TEXT NOT NULL REFERENCES policies (name),
+            replaced TEXT REFERENCES policies (name),
+            actor TEXT NOT NULL,
+            reason TEXT NOT NULL,
+            requested_at TEXT NOT NULL,
+            flipped_at TEXT,
+            drained_at TEXT,
+            problem TEXT
+        ) STRICT;
+        CREATE INDEX swaps_by_policy ON swaps (policy, requested_at);
+        """,
+    )

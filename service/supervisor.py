@@ -322,6 +322,8 @@ def engine_environment(settings: Settings) -> dict[str, str]:
     return everywhere | {
         "VLLM_CPU_KVCACHE_SPACE": str(settings.engine.cpu_kv_cache_gib),
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
+        # Its threads would else wait for one another in a busy loop, on the cores that the gateway and training need.
+        "OMP_WAIT_POLICY": "PASSIVE",
         # Some helpers of vLLM (the ranks of logprobs, say) compile C++ at their first use even under --enforce-eager.
         # That takes seconds in which nobody is answered, and where gcc is missing, or the installation's path has a
         # space in it, it fails and takes the engine down: one request with logprobs would do.

@@ -136,6 +136,33 @@ class TrainingSettings(_Section):
         return rank
 
 
+class GateSettings(_Section):
+    mode: Literal["trial", "offline", "manual"] = "trial"
+    """What becomes of a candidate that passed the gate's checks: `trial` a live duel with the policy that serves
+    decides, `offline` it serves at once, `manual` it waits for an operator's `nightshift policies promote`."""
+    alpha: float = Field(0.05, gt=0, lt=1)
+    """Chance that votes promote a policy that is no better: a trial is won at evidence of 1 / alpha."""
+    max_trial_votes: int = Field(2000, ge=1)
+    """Votes after which a trial that nobody has won ends, and its candidate is rejected."""
+    duel_share: float = Field(0.5, gt=0, le=1)
+    """Share of the comparisons that become duels while a trial runs."""
+    watch_share: float = Field(0.1, ge=0, le=1)
+    """Share of the comparisons that become duels with the predecessor after a promotion; 0: it is not watched."""
+    max_watch_votes: int = Field(500, ge=1)
+    """Votes after which the predecessor is let go."""
+    kl_budget: float = Field(15.0, gt=0)
+    """Check of a candidate: its mean KL divergence from the base model, nats an answer, is at most this."""
+    length_drift: float = Field(0.25, gt=0)
+    """Check: its answers are longer or shorter on average by at most this part."""
+    unfinished_tolerance: float = Field(0.02, ge=0, le=1)
+    """Check: its share of answers without an end is higher by at most this, beyond chance."""
+    repetition_tolerance: float = Field(0.02, ge=0, le=1)
+    """Check: its share of answers that repeat themselves is higher by at most this, beyond chance."""
+    probe_tolerance: float = Field(0.02, ge=0, le=1)
+    """Checks: its share of right answers to the frozen probes, of each kind, is lower by at most this, beyond
+    chance."""
+
+
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
         env_prefix="NIGHTSHIFT_", env_nested_delimiter="__", extra="forbid", use_attribute_docstrings=True
@@ -150,6 +177,7 @@ class Settings(BaseSettings):
     chat: ChatSettings = ChatSettings()
     comparisons: ComparisonSettings = ComparisonSettings()
     training: TrainingSettings = TrainingSettings()
+    gate: GateSettings = GateSettings()
 
     @property
     def database(self) -> Path:

@@ -3,17 +3,13 @@
 import json as jsonlib
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-if TYPE_CHECKING:
-    from sqlite_utils import Database
-
-    from data.settings import Settings
+from service.cli_night import policies_app
+from service.console import Json, State, fail, open_record, print_rows, read_settings
 
 app = typer.Typer(
     help="Chats by day, learns by night.",
@@ -24,64 +20,15 @@ app = typer.Typer(
 )
 keys_app = typer.Typer(help="API keys: who may chat, rate and operate.", no_args_is_help=True)
 votes_app = typer.Typer(help="The votes people cast.", no_args_is_help=True)
-policies_app = typer.Typer(help="The versions of the policy.", no_args_is_help=True)
 users_app = typer.Typer(help="What is kept of users.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(votes_app, name="votes")
 app.add_typer(policies_app, name="policies")
 app.add_typer(users_app, name="users")
 
-State = Annotated[Path | None, typer.Option("--state", help="The state folder. [default: var]", show_default=False)]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
-
 
 def main() -> None:
     app()
-
-
-def fail(message: str) -> typer.Exit:
-    """Say what went wrong; the caller raises what this returns."""
-    typer.secho(message, fg="red", err=True)
-    return typer.Exit(1)
-
-
-def _settings(**given: Any) -> "Settings":
-    from data.settings import BadSettings, load_settings
-
-    try:
-        return load_settings(**{name: value for name, value in given.items() if value is not None})
-    except BadSettings as error:
-        raise fail(str(error)) from None
-
-
-@contextmanager
-def _database(state: Path | None) -> Iterator["Database"]:
-    from data.database import connect
-
-    settings = _settings(state=state)
-    if not settings.database.exists():
-        raise fail(f"There is no record at {settings.database} yet. Start with `nightshift up`, or name its --state.")
-    db = connect(settings.database)
-    try:
-        yield db
-    finally:
-        db.close()
-
-
-def _print_rows(rows: list[dict[str, Any]], *, json: bool, columns: list[str], empty: str) -> None:
-    if json:
-        typer.echo(jsonlib.dumps(rows, ensure_ascii=False))
-        return
-    if not rows:
-        typer.echo(empty)
-        return
-    from rich.console import Console
-    from rich.table import Table
-
-    table = Table(*columns, box=None, header_style="bold")
-    for row in rows:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
-    Console(width=10_000).print(table)  # a long line wraps; an id that is cut short is of no use
 
 
 @app.command()
@@ -101,7 +48,7 @@ def up(
     for name, value in {"STATE": state, "MODEL": model, "SERVER__HOST": host, "SERVER__PORT": port}.items():
         if value is not None:
             os.environ[f"NIGHTSHIFT_{name}"] = str(value)
-    settings = _settings()
+    settings = read_settings()
 
     from data.registry import RegistryError
     from service.supervisor import StartError
@@ -182,7 +129,7 @@ def chat(
 
     from service.terminal import ChatError, converse
 
-    settings = _settings()
+    settings = read_settings()
     if not key:
         raise fail("An API key is needed: set NIGHTSHIFT_API_KEY, or use --key. `nightshift keys create` makes one.")
     address = url or settings.server.url
@@ -208,7 +155,7 @@ def train(
     import signal
     import subprocess
 
-    with _database(state):
+    with open_record(state):
         pass  # says how to start where there is no record
     given = {"NIGHTSHIFT_STATE": state, "NIGHTSHIFT_MODEL": model}
     command = [sys.executable, "-P", "-m", "trainer", "once", "--request"]
@@ -234,7 +181,7 @@ def doctor(
 
     from service.doctor import examine
 
-    checks = examine(_settings(state=state, model=model))
+    checks = examine(read_settings(state=state, model=model))
     if json:
         typer.echo(jsonlib.dumps([asdict(check) for check in checks]))
     else:
@@ -251,7 +198,7 @@ def stats(state: State = None, json: Json = False) -> None:
     """Counts of answers, comparisons and votes."""
     from data.stats import summary
 
-    with _database(state) as db:
+    with open_record(state) as db:
         figures = summary(db)
     if json:
         typer.echo(jsonlib.dumps(figures))
@@ -277,7 +224,7 @@ def keys_create(
         as_role, as_feedback = Role(role), Feedback(feedback)
     except ValueError as error:
         raise fail(f"{error}: --role is user, rater or operator; --feedback is off, auto or always.") from None
-    with _database(state) as db, transaction(db):
+    with open_record(state) as db, transaction(db):
         key, token = keys.create(db, role=as_role, feedback=as_feedback, label=label, actor="cli")
     if json:
         typer.echo(jsonlib.dumps({"id": key.id, "role": key.role, "feedback": key.feedback, "key": token}))
@@ -292,10 +239,10 @@ def keys_list(state: State = None, json: Json = False) -> None:
 
     from data import keys
 
-    with _database(state) as db:
+    with open_record(state) as db:
         rows = [asdict(key) for key in keys.list_all(db)]
     columns = ["id", "role", "feedback", "label", "created_at", "revoked_at"]
-    _print_rows(rows, json=json, columns=columns, empty="No keys yet: nightshift keys create --role user")
+    print_rows(rows, json=json, columns=columns, empty="No keys yet: nightshift keys create --role user")
 
 
 @keys_app.command("revoke")
@@ -304,7 +251,7 @@ def keys_revoke(id: str, state: State = None, json: Json = False) -> None:
     from data import keys
     from data.database import transaction
 
-    with _database(state) as db:
+    with open_record(state) as db:
         try:
             with transaction(db):
                 key = keys.revoke(db, id, actor="cli")
@@ -322,10 +269,10 @@ def votes_list(
     """The latest votes."""
     from data import comparisons
 
-    with _database(state) as db:
+    with open_record(state) as db:
         rows = comparisons.list_votes(db, limit=limit)
     columns = ["id", "comparison_id", "choice", "policy_a", "policy_b", "decided_ms", "updated_at"]
-    _print_rows(rows, json=json, columns=columns, empty="No votes yet.")
+    print_rows(rows, json=json, columns=columns, empty="No votes yet.")
 
 
 @votes_app.command("export")
@@ -337,7 +284,7 @@ def votes_export(
     """Every vote as JSON lines in TRL's conversational preference format."""
     from data import comparisons
 
-    with _database(state) as db:
+    with open_record(state) as db:
         lines = [jsonlib.dumps(record, ensure_ascii=False) for record in comparisons.export_preferences(db)]
     text = "[" + ",\n".join(lines) + "]\n" if json else "".join(line + "\n" for line in lines)
     if output is None:
@@ -359,7 +306,7 @@ def votes_import_trusted(file: Path, state: State = None, json: Json = False) ->
         lines = file.read_text().splitlines()
     except (OSError, UnicodeDecodeError) as error:
         raise fail(f"{file} cannot be read: {error}") from None
-    with _database(state) as db:
+    with open_record(state) as db:
         try:
             with transaction(db):
                 new, known = trusted.import_lines(db, lines, actor="cli")
@@ -368,26 +315,13 @@ def votes_import_trusted(file: Path, state: State = None, json: Json = False) ->
     typer.echo(jsonlib.dumps({"new": new, "known": known}) if json else f"{new} new pairs, {known} known already")
 
 
-@policies_app.command("list")
-def policies_list(state: State = None, json: Json = False) -> None:
-    """All versions of the policy and what became of them."""
-    from dataclasses import asdict
-
-    from data import registry
-
-    with _database(state) as db:
-        rows = [asdict(policy) for policy in registry.list_policies(db)]
-    columns = ["name", "parent", "status", "created_at"]
-    _print_rows(rows, json=json, columns=columns, empty="No policies yet: start with `nightshift up`.")
-
-
 @users_app.command("forget")
 def users_forget(id: str, state: State = None, json: Json = False) -> None:
     """Erase what a user (a key's id, or key/end user) wrote and was answered."""
     from data import completions
     from data.database import empty_wal, transaction
 
-    with _database(state) as db:
+    with open_record(state) as db:
         with transaction(db):
             emptied = completions.forget_user(db, id, actor="cli")
         if not empty_wal(db):

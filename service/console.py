@@ -1,0 +1,64 @@
+"""What the verbs of the `nightshift` command share: options, the record, tables, and how to fail."""
+
+import json as jsonlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+    from data.settings import Settings
+
+State = Annotated[Path | None, typer.Option("--state", help="The state folder. [default: var]", show_default=False)]
+Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
+
+
+def fail(message: str) -> typer.Exit:
+    """Say what went wrong; the caller raises what this returns."""
+    typer.secho(message, fg="red", err=True)
+    return typer.Exit(1)
+
+
+def read_settings(**given: Any) -> "Settings":
+    """The settings in force; what was `given` on the command line wins."""
+    from data.settings import BadSettings, load_settings
+
+    try:
+        return load_settings(**{name: value for name, value in given.items() if value is not None})
+    except BadSettings as error:
+        raise fail(str(error)) from None
+
+
+@contextmanager
+def open_record(state: Path | None) -> Iterator["Database"]:
+    """A connection to the record; a verb must not make one where there is none."""
+    from data.database import connect
+
+    settings = read_settings(state=state)
+    if not settings.database.exists():
+        raise fail(f"There is no record at {settings.database} yet. Start with `nightshift up`, or name its --state.")
+    db = connect(settings.database)
+    try:
+        yield db
+    finally:
+        db.close()
+
+
+def print_rows(rows: list[dict[str, Any]], *, json: bool, columns: list[str], empty: str) -> None:
+    if json:
+        typer.echo(jsonlib.dumps(rows, ensure_ascii=False))
+        return
+    if not rows:
+        typer.echo(empty)
+        return
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(*columns, box=None, header_style="bold")
+    for row in rows:
+        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+    Console(width=10_000).print(table)  # a long line wraps; an id that is cut short is of no use

@@ -16,7 +16,7 @@ from pysqlite3 import dbapi2 as sqlite3
 from data import registry, runs
 from data.database import connect
 from data.settings import BadSettings, Settings, load_settings
-from data.types import RunStatus
+from data.types import Policy, PolicyStatus, RunStatus
 from trainer.progress import Display
 
 
@@ -65,13 +65,24 @@ def once(settings: Settings, *, request: dict[str, Any] | None, as_json: bool) -
         print("null" if as_json else "No run is queued.")
         return 0
     with closing(connect(settings.database)) as db:
-        candidate = next((policy.name for policy in registry.list_policies(db) if policy.run_id == run.id), None)
+        policy = next((policy for policy in registry.list_policies(db) if policy.run_id == run.id), None)
     if as_json:
-        print(json.dumps(asdict(run) | {"policy": candidate}))
+        made = {"policy": policy and policy.name, "policy_status": policy and policy.status}
+        print(json.dumps(asdict(run) | made | {"gate": policy and policy.metrics["gate"]}))
     else:
-        came_of_it = f"{candidate} is a candidate" if candidate else run.error
+        came_of_it = what_came_of(policy) if policy else run.error
         print(f"{run.id} {run.status}" + (f": {came_of_it}" if came_of_it else ""))
     return {RunStatus.SUCCEEDED: 0, RunStatus.CANCELLED: 130}.get(run.status, 1)
+
+
+def what_came_of(policy: Policy) -> str:
+    """What the gate made of a run's policy, and why."""
+    if policy.status is PolicyStatus.REJECTED:
+        reason = next(check["sentence"] for check in policy.metrics["gate"]["checks"] if not check["passed"])
+        return f"the gate rejected {policy.name}. {reason}"
+    if policy.status is PolicyStatus.PROMOTED:
+        return f"{policy.name} passed the gate and goes into service"
+    return f"{policy.name} passed the gate and is a candidate"
 
 
 def be_a_guest(settings: Settings) -> None:

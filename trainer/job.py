@@ -4,11 +4,12 @@
     prepare    votes and trusted pairs to weighed, split pairs
     reward     fit the reward model, and a judge on votes it has not seen
     improve    PPO against the reward model, up to the KL budget; between steps, wait while chat is busy
-    measure    candidate beside reference on held-out prompts and the frozen probes
+    measure    candidate beside incumbent on held-out prompts and the frozen probes
+    gate       hold every figure against its threshold: candidate, rejected, or (gate.mode = "offline") promoted
     publish    the adapter folder, whole or not at all, and the candidate's row
 
 Whatever goes wrong, the run ends as failed with a sentence that says what to do, and the policy that serves is
-untouched: it is read here, and never written.
+untouched: it is read here, and never written. A run whose candidate the gate rejects has done its work and succeeded.
 """
 
 import json
@@ -17,6 +18,7 @@ import traceback
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -27,16 +29,17 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from data import comparisons, learning, registry, runs, trusted
+from data import comparisons, learning, probes, registry, runs, trusted
 from data.database import connect, transaction
 from data.ids import new_id
 from data.settings import Settings
 from data.types import BASE_POLICY, Policy, PolicyStatus, Run, RunStatus, timestamp
-from trainer import ppo, reward_model
+from trainer import gate, ppo, reward_model
 from trainer.backbone import Backbone
 from trainer.encoding import ChatFormat
+from trainer.gate import GateReport
 from trainer.keeper import Cancelled, Keeper
-from trainer.measure import measure, probe
+from trainer.measure import log_ratios, measure, probe
 from trainer.ppo import PPOConfig
 from trainer.preferences import Preferences, Split, prepare
 from trainer.reward_model import RewardConfig, RewardModel
@@ -136,7 +139,9 @@ class _Night:
         reward, judge, reports = self._fit(backbone, preferences)
         stopped = self._improve(backbone, reward, preferences, sample)
         figures = self._measure(backbone, chat, judge, preferences)
-        self._publish(backbone, reward, reports, figures | reports | {"stopped_at_kl_budget": stopped})
+        verdict = self._gate(figures, reports)
+        metrics = figures | reports | {"stopped_at_kl_budget": stopped, "gate": verdict.as_dict()}
+        self._publish(backbone, reward, metrics, verdict)
 
     def _clear_away(self) -> None:
         """Only one run is active, so what lies under a temporary name or has no row is that of a dead one."""
@@ -230,6 +235,9 @@ class _Night:
         samples = LocalSampler(backbone, None, self._sampling(backbone, 1.0))
         queries = preferences.queries[Split.TRAIN][:SAMPLES_TO_NORMALISE]
         reference = samples(queries, range(len(queries)))
+        held_out = preferences.pairs[Split.HELD_OUT]
+        # The reward model has not seen the judge's votes either, and with few votes every one of them counts.
+        unseen = {"reward": held_out + preferences.pairs[Split.JUDGE], "judge": held_out}
         models, reports = [], {}
         for adapter, split in (("reward", Split.TRAIN), ("judge", Split.JUDGE)):
             self._stage(adapter)
@@ -239,7 +247,7 @@ class _Night:
                 backbone, adapter, pairs, config, accelerator=Accelerator(), on_step=self._on_step(adapter, steps)
             )
             model.normalise(reference)
-            reports[adapter] = asdict(reward_model.report(model, preferences.pairs[Split.HELD_OUT], pairs))
+            reports[adapter] = asdict(reward_model.report(model, unseen[adapter], pairs))
             models.append(model)
         return models[0], models[1], reports
 
@@ -267,33 +275,63 @@ class _Night:
         self, backbone: Backbone, chat: ChatFormat, judge: RewardModel, preferences: Preferences
     ) -> dict[str, Any]:
         self._stage("measuring")
-        on_step = self._on_step("measuring", 3)
+        on_step = self._on_step("measuring", 1 + len(probes.KINDS))
         config = self._ppo_config
         sampling = self._sampling(backbone, config.temperature)
-        queries = preferences.queries[Split.HELD_OUT][:PROMPTS_MEASURED]
-        candidate = asdict(measure(backbone, judge.score, queries, sampling, seed=config.seed))
-        on_step(0, candidate)
-        probes = probe(backbone, "policy", chat, sampling, seed=config.seed)
-        on_step(1, probes)
-        ref_probes = probe(backbone, None, chat, sampling, seed=config.seed)
-        on_step(2, {f"ref_{kind}": share for kind, share in ref_probes.items()})
-        return {"candidate": candidate, "probes": probes, "ref_probes": ref_probes}
+        incumbent = self._incumbent(backbone)
+        samplers = (
+            LocalSampler(backbone, "policy", sampling),
+            LocalSampler(backbone, incumbent and "incumbent", sampling),
+        )
+        measured = measure(
+            *samplers,
+            judge.score,
+            partial(log_ratios, backbone, temperature=config.temperature),
+            preferences.queries[Split.HELD_OUT][:PROMPTS_MEASURED],
+            seed=config.seed,
+        )
+        figures = asdict(measured)
+        on_step(0, figures)
+        for step, kind in enumerate(probes.KINDS, start=1):
+            probed = probe(kind, *samplers, chat, seed=config.seed)
+            on_step(step, probed)
+            figures |= probed
+        return {"incumbent": incumbent or BASE_POLICY, "candidate": figures}
 
-    def _publish(
-        self, backbone: Backbone, reward: RewardModel, reports: dict[str, Any], metrics: dict[str, Any]
-    ) -> None:
+    def _incumbent(self, backbone: Backbone) -> str | None:
+        """The policy that the candidate would replace, loaded as "incumbent"; None where that is the base model."""
+        incumbent = registry.serving(self.db)
+        if incumbent is None or incumbent.name == BASE_POLICY:
+            return None
+        backbone.adapters.load("incumbent", registry.checked_folder(self.settings.state, incumbent))
+        return incumbent.name
+
+    def _gate(self, figures: dict[str, Any], reports: dict[str, Any]) -> GateReport:
+        self._stage("gate")
+        reward = {f"reward_{name}": figure for name, figure in reports["reward"].items()}
+        report = gate.judge(figures["candidate"] | reward, self.settings.gate)
+        checked = {check.name: check.figure for check in report.checks if check.figure is not None}
+        self._on_step("gate", 1)(0, checked | {"passed": float(report.passed)})
+        return report
+
+    def _publish(self, backbone: Backbone, reward: RewardModel, metrics: dict[str, Any], verdict: GateReport) -> None:
         self._stage("publishing")
         state = self.settings.state
         reward_id = new_id("rm")
         path, sha256 = registry.publish_folder(state, reward_id, reward.save, parent="reward_models")
-        row = learning.RewardModelRow(reward_id, self.run.id, path, sha256, reports["reward"])
+        row = learning.RewardModelRow(reward_id, self.run.id, path, sha256, metrics["reward"])
         parent = registry.serving(self.db) or registry.ensure_base_policy(self.db, state, Path(self.settings.model))
         name = registry.next_name(self.db)
         path, sha256 = registry.publish_folder(state, name, lambda folder: backbone.publish("policy", folder))
+        if not verdict.passed:
+            status = PolicyStatus.REJECTED
+        elif self.settings.gate.mode == "offline":
+            status = PolicyStatus.PROMOTED
+        else:
+            status = PolicyStatus.CANDIDATE
         candidate = Policy(
-            name, parent.name, path, sha256, parent.base_model,
-            PolicyStatus.CANDIDATE, timestamp(), self.run.id, reward_id, metrics,
-        )  # fmt: skip
+            name, parent.name, path, sha256, parent.base_model, status, timestamp(), self.run.id, reward_id, metrics
+        )
         with transaction(self.db):
             runs.finish(self.db, self.run.id, RunStatus.SUCCEEDED)
             learning.insert_reward_model(self.db, row)

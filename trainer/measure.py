@@ -1,4 +1,5 @@
-"""What a candidate is like beside the reference, on prompts that neither it nor its reward model has seen."""
+"""What a candidate is like beside the incumbent that it would replace, on prompts that neither it nor its reward model
+has seen, and on the frozen probes."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -9,70 +10,97 @@ from torch import Tensor
 from data import probes
 from trainer.backbone import Backbone
 from trainer.encoding import Answer, ChatFormat, by_length, collate
-from trainer.rollout import LocalSampler, Query, Sampling
+from trainer.rollout import Query, Sampler
+
+ANSWERS = 256
+"""Of each policy, at least: with fewer prompts each is answered more than once."""
+PROBE_ANSWERS = 600
+"""The same for each kind of probe: more of them, since a loss of two points in a hundred is looked for there."""
 
 
 @dataclass(frozen=True, slots=True)
 class Measurement:
-    """A candidate's answers beside the reference's to the same prompts. Lengths in tokens, KL in nats an answer."""
+    """A candidate's answers beside the incumbent's to the same prompts. Lengths in tokens, KL in nats an answer."""
 
     prompts: int
+    answers: int
+    """Of each policy, each prompt being answered equally often."""
     judge_win_rate: float
-    """The share of prompts where the judge scores the candidate's answer higher; ties count half."""
+    """The share of answers that the judge scores higher than the incumbent's; ties count half."""
     judge_win_rate_low: float
-    """Lower end of its 95 % interval (Wilson)."""
+    """Lower end of its 95 % interval (Wilson), for which answers to one prompt count as one."""
     judge_win_rate_high: float
     kl: float
+    """From the base model, whoever is the incumbent."""
     length: float
-    ref_length: float
-    finished: float
-    ref_finished: float
+    incumbent_length: float
+    unfinished: float
+    """The share of answers that were cut off before they came to an end."""
+    incumbent_unfinished: float
     repetition: float
     """The share of answers in which some four tokens in a row come again."""
-    ref_repetition: float
+    incumbent_repetition: float
 
 
 def measure(
-    backbone: Backbone,
+    candidate: Sampler,
+    incumbent: Sampler,
     judge: Callable[[Sequence[Answer]], Tensor],
+    log_ratios: Callable[[Sequence[Answer]], Tensor],
     queries: Sequence[Query],
-    sampling: Sampling,
     *,
     seed: int,
 ) -> Measurement:
-    """Let the adapter "policy" and the reference each answer every query once."""
-    seeds = range(seed, seed + len(queries))
-    ours = LocalSampler(backbone, "policy", sampling)(queries, seeds)
-    theirs = LocalSampler(backbone, None, sampling)(queries, range(seed + len(queries), seed + 2 * len(queries)))
+    """Let both answer every query.
+
+    Args:
+        judge: the score of each answer, (N,).
+        log_ratios: log p_candidate - log p_base of each answer of the candidate's, (N,).
+    """
+    asked = list(queries) * -(-ANSWERS // len(queries))
+    ours = candidate(asked, range(seed, seed + len(asked)))
+    theirs = incumbent(asked, range(seed + len(asked), seed + 2 * len(asked)))
     differences = judge(ours) - judge(theirs)
-    wins = float((differences > 0).sum() + 0.5 * (differences == 0).sum())
-    low, high = wilson(wins, len(queries))
+    win_rate = float((differences > 0).double().mean() + 0.5 * (differences == 0).double().mean())
+    low, high = wilson(win_rate * len(queries), len(queries))
     return Measurement(
         prompts=len(queries),
-        judge_win_rate=wins / len(queries),
+        answers=len(asked),
+        judge_win_rate=win_rate,
         judge_win_rate_low=low,
         judge_win_rate_high=high,
-        kl=float(_k1(backbone, ours, sampling.temperature).mean()),
+        kl=float(log_ratios(ours).mean()),
         length=_mean([len(a.response) for a in ours]),
-        ref_length=_mean([len(a.response) for a in theirs]),
-        finished=_mean([a.finished for a in ours]),
-        ref_finished=_mean([a.finished for a in theirs]),
+        incumbent_length=_mean([len(a.response) for a in theirs]),
+        unfinished=_mean([not a.finished for a in ours]),
+        incumbent_unfinished=_mean([not a.finished for a in theirs]),
         repetition=_mean([repeats(a.response) for a in ours]),
-        ref_repetition=_mean([repeats(a.response) for a in theirs]),
+        incumbent_repetition=_mean([repeats(a.response) for a in theirs]),
     )
 
 
 def probe(
-    backbone: Backbone, adapter: str | None, chat: ChatFormat, sampling: Sampling, *, seed: int
+    kind: probes.Kind, candidate: Sampler, incumbent: Sampler, chat: ChatFormat, *, seed: int
 ) -> dict[str, float]:
-    """The share of each kind of frozen probe that the adapter's (None: the reference's) answers pass."""
-    sample = LocalSampler(backbone, adapter, sampling)
-    shares: dict[str, float] = {}
-    for kind in probes.KINDS:
-        asked = probes.load(kind)
-        answers = sample([chat.query(p.messages) for p in asked], range(seed, seed + len(asked)))
-        shares[kind] = _mean([probes.is_right(p, chat.text(a)) for p, a in zip(asked, answers, strict=True)])
-    return shares
+    """Let both answer the frozen probes of a kind, each of them equally often.
+
+    Returns:
+        The candidate's share of right answers as `facts`, the incumbent's as `incumbent_facts`, and the number of
+        answers of each as `facts_answers`; for another kind the same.
+    """
+    asked = probes.load(kind)
+    asked = asked * -(-PROBE_ANSWERS // len(asked))
+    queries = [chat.query(p.messages) for p in asked]
+
+    def share(sample: Sampler, first_seed: int) -> float:
+        answers = sample(queries, range(first_seed, first_seed + len(queries)))
+        return _mean([probes.is_right(p, chat.text(a)) for p, a in zip(asked, answers, strict=True)])
+
+    return {
+        kind: share(candidate, seed),
+        f"incumbent_{kind}": share(incumbent, seed + len(asked)),
+        f"{kind}_answers": len(asked),
+    }
 
 
 def repeats(tokens: Sequence[int], n: int = 4) -> bool:
@@ -90,15 +118,15 @@ def wilson(wins: float, trials: int, z: float = 1.96) -> tuple[float, float]:
 
 
 @torch.no_grad()
-def _k1(backbone: Backbone, answers: Sequence[Answer], temperature: float) -> Tensor:
-    """(N,) log p_policy - log p_reference of each answer."""
-    k1 = torch.empty(len(answers))
+def log_ratios(backbone: Backbone, answers: Sequence[Answer], *, temperature: float) -> Tensor:
+    """(N,) log p_policy - log p_base of each answer, under the adapter "policy" and under none."""
+    ratios = torch.empty(len(answers))
     for group in by_length([len(a) for a in answers], 8192):
         batch = collate([answers[i] for i in group], backbone.device)
         with backbone.adapters.on("policy"):
             logprobs = backbone.logprobs(batch, temperature=temperature)
-        k1[group] = (logprobs - backbone.logprobs(batch, temperature=temperature)).sum(dim=1).float().cpu()
-    return k1
+        ratios[group] = (logprobs - backbone.logprobs(batch, temperature=temperature)).sum(dim=1).float().cpu()
+    return ratios
 
 
 def _mean(values: Sequence[float]) -> float:

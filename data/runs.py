@@ -99,6 +99,17 @@ def finish(db: Database, id: str, status: RunStatus, *, error: str | None = None
         raise RunLost(id)
 
 
+def record_death(db: Database, id: str, *, pid: int, error: str) -> bool:
+    """End a run whose process is known to have died, whether it had claimed the run or not; False where it had ended
+    the run, or the run is another process's. Call inside a transaction."""
+    row = db.execute(
+        "UPDATE runs SET status = 'failed', error = ?, ended_at = ?"
+        " WHERE id = ? AND (status = 'queued' OR (status = 'running' AND pid = ?)) RETURNING id",
+        (error, timestamp(), id, pid),
+    ).fetchone()
+    return row is not None
+
+
 def give_up_the_dead(db: Database) -> list[str]:
     """Mark running runs without a fresh heartbeat as failed; their ids. Call inside a transaction."""
     rows = db.execute(
@@ -115,6 +126,12 @@ def get(db: Database, id: str) -> Run:
     if row is None:
         raise UnknownRun(id)
     return _run(row)
+
+
+def active(db: Database) -> Run | None:
+    """The run that is queued or running."""
+    row = db.execute(f"SELECT {_COLUMNS} FROM runs WHERE status IN ('queued', 'running')").fetchone()
+    return _run(row) if row else None
 
 
 def list_runs(db: Database, *, limit: int = 50) -> list[Run]:

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,12 +22,13 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from data import comparisons, completions, keys, learning, registry, runs
 from data.database import connect, transaction
-from data.settings import EngineSettings, Settings, TrainingSettings
+from data.settings import EngineSettings, GateSettings, Settings, TrainingSettings
 from data.types import Choice, Feedback, PolicyStatus, Role, RunStatus
 from tests.trainer.test_rollout import FakeEngine, running_engine
-from trainer import job, keeper
+from trainer import gate, job, keeper
 from trainer.backbone import Backbone
 from trainer.encoding import ChatFormat
+from trainer.gate import Check, GateReport
 from trainer.keeper import Cancelled
 from trainer.preferences import Split, split_of
 from trainer.reward_model import RewardModel
@@ -106,7 +107,7 @@ def test_a_run_turns_votes_into_a_candidate(settings: Settings, db: Database, vo
     assert (run.id, run.status, run.error) == (id, RunStatus.SUCCEEDED, None)
 
     base, candidate = registry.list_policies(db)
-    assert (candidate.name, candidate.status, candidate.parent) == ("policy-0001", PolicyStatus.CANDIDATE, base.name)
+    assert (candidate.name, candidate.parent) == ("policy-0001", base.name)
     assert base.status is PolicyStatus.PROMOTED, "what serves is untouched"
     assert candidate.run_id == id
     folder = registry.checked_folder(settings.state, candidate)
@@ -117,7 +118,8 @@ def test_a_run_turns_votes_into_a_candidate(settings: Settings, db: Database, vo
     assert registry.folder_digest(settings.state / reward.path) == reward.sha256
     assert reward.metrics["accuracy"] == 1.0
     assert candidate.metrics["candidate"]["prompts"] > 0
-    assert set(candidate.metrics["probes"]) == {"facts", "refusals", "sycophancy"}
+    assert candidate.metrics["candidate"]["facts_answers"] >= 600
+    assert candidate.metrics["incumbent"] == base.name
     assert candidate.metrics["stopped_at_kl_budget"] is False
 
     used = list(db.query("SELECT * FROM run_votes"))
@@ -126,13 +128,77 @@ def test_a_run_turns_votes_into_a_candidate(settings: Settings, db: Database, vo
     curves = runs.metrics(db, id)
     assert [step for step, _ in curves["ppo/score"]] == [0, 1, 2]
     assert {"reward/loss", "judge/loss", "ppo/kl", "ppo/length", "ppo/episodes_per_s"} <= curves.keys()
-    assert {"measuring/judge_win_rate", "measuring/facts", "measuring/ref_facts"} <= curves.keys()
+    assert {"measuring/judge_win_rate", "measuring/facts", "measuring/incumbent_facts"} <= curves.keys()
     last = {stage: (step, steps) for stage, step, steps in seen}
     assert last["reward"][0] == last["reward"][1] > 1
     assert last["judge"][0] == last["judge"][1] > 1
     assert last["ppo"] == (3, 3)
-    assert last["measuring"] == (3, 3)
+    assert last["measuring"] == (4, 4)
+    assert last["gate"] == (1, 1)
     assert list(last)[-1] == "publishing"
+
+
+def test_votes_that_length_alone_explains_are_turned_away_at_the_gate(
+    settings: Settings, db: Database, voted: None
+) -> None:
+    """The voters liked short answers, whatever they said; a reward model cannot know more than that."""
+    run = job.once(settings, request={})
+    assert run is not None
+    assert (run.status, run.error) == (RunStatus.SUCCEEDED, None)
+    _, candidate = registry.list_policies(db)
+    assert candidate.status is PolicyStatus.REJECTED
+    checks = {check["name"]: check for check in candidate.metrics["gate"]["checks"]}
+    assert candidate.metrics["gate"]["passed"] is False
+    assert checks["reward_model"]["passed"] is False
+    unseen = "SELECT count(*) FROM run_votes WHERE run_id = ? AND split <> 'train' AND choice <> 'tie'"
+    (pairs,) = db.execute(unseen, (run.id,)).fetchone()
+    assert candidate.metrics["reward"]["pairs"] == pairs, "the judge's votes count too: the reward model saw neither"
+    said = f"right about 100.0% of {pairs} votes that it has not seen, and length alone about 100.0%"
+    assert said in checks["reward_model"]["sentence"]
+    curves = runs.metrics(db, run.id)
+    assert curves["gate/passed"] == [(0, 0.0)]
+    assert {f"gate/{name}": [(0, check["figure"])] for name, check in checks.items()}.items() <= curves.items()
+
+
+def passing(figures: Mapping[str, float], settings: GateSettings) -> GateReport:
+    return GateReport((Check("judge", figures["judge_win_rate"], 0.5, True, "It is fine."),))
+
+
+@pytest.mark.parametrize(
+    ("mode", "status"),
+    [("trial", PolicyStatus.CANDIDATE), ("manual", PolicyStatus.CANDIDATE), ("offline", PolicyStatus.PROMOTED)],
+)
+def test_where_a_candidate_goes_that_passed_the_gate(
+    settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch, mode: str, status: PolicyStatus
+) -> None:
+    with transaction(db):
+        registry.set_serving(db, "policy-0000")
+    monkeypatch.setattr(gate, "judge", passing)
+    job.once(settings.model_copy(update={"gate": GateSettings.model_validate({"mode": mode})}), request={})
+    base, candidate = registry.list_policies(db)
+    assert (base.status, candidate.status) == (PolicyStatus.SERVING, status)
+    assert candidate.metrics["gate"]["passed"] is True
+
+
+def test_a_candidate_is_held_against_the_policy_that_serves(
+    settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_the_incumbent(metrics: dict[str, Any]) -> list[float]:
+        return [figure for name, figure in metrics["candidate"].items() if name.startswith("incumbent_")]
+
+    monkeypatch.setattr(gate, "judge", passing)
+    wild = settings.training.ppo | {"learning_rate": 0.1}
+    job.once(changed(settings, ppo=wild), request={})
+    job.once(settings, request={})
+    with transaction(db):
+        registry.set_serving(db, "policy-0001")
+    job.once(settings, request={})
+    _, first, second, third = (policy.metrics for policy in registry.list_policies(db))
+    assert (second["incumbent"], third["incumbent"]) == ("policy-0000", "policy-0001")
+    assert second["candidate"]["kl"] == third["candidate"]["kl"], "the same candidate, as far from the base"
+    assert of_the_incumbent(first) == of_the_incumbent(second)
+    assert of_the_incumbent(third) != of_the_incumbent(second)
+    assert second["candidate"]["judge_win_rate"] != third["candidate"]["judge_win_rate"]
 
 
 def test_nothing_queued_is_no_run(settings: Settings) -> None:
@@ -540,10 +606,22 @@ def test_nightshift_train_ends_with_the_run_as_json(settings: Settings, db: Data
     (run,) = runs.list_runs(db)
     said = json.loads(line)
     assert (said["id"], said["status"], said["config"]) == (run.id, "succeeded", {"seed": 5})
-    assert said["policy"] == "policy-0001"
-    for stage in ("loading the model", "reward", "judge", "ppo", "measuring", "publishing"):
+    (_, policy) = registry.list_policies(db)
+    assert (said["policy"], said["policy_status"]) == ("policy-0001", "rejected")
+    assert said["gate"] == policy.metrics["gate"]
+    for stage in ("loading the model", "reward", "judge", "ppo", "measuring", "gate", "publishing"):
         assert re.search(rf"^{stage} ", progress, re.MULTILINE), progress
     assert re.search(r"^ppo +2/2 .*reward .*KL .*tokens .*episodes/s", progress, re.MULTILINE), progress
+
+
+def test_nightshift_train_says_why_the_gate_rejected(settings: Settings, db: Database, voted: None) -> None:
+    with nightshift_train(settings) as process:
+        output, progress = process.communicate(timeout=240)
+    assert process.returncode == 0, progress
+    (run,) = runs.list_runs(db)
+    (_, policy) = registry.list_policies(db)
+    reason = next(check["sentence"] for check in policy.metrics["gate"]["checks"] if not check["passed"])
+    assert output == f"{run.id} succeeded: the gate rejected policy-0001. {reason}\n"
 
 
 def test_nightshift_train_passes_the_failure_on(settings: Settings, db: Database) -> None:

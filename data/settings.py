@@ -150,7 +150,7 @@ class GateSettings(_Section):
     """Share of the comparisons that become duels with the predecessor after a promotion; 0: it is not watched."""
     max_watch_votes: int = Field(500, ge=1)
     """Votes after which the predecessor is let go."""
-    kl_budget: float = Field(15.0, gt=0)
+    kl_budget: float = Field(12.0, gt=0)
     """Check of a candidate: its mean KL divergence from the base model, nats an answer, is at most this."""
     length_drift: float = Field(0.25, gt=0)
     """Check: its answers are longer or shorter on average by at most this part."""

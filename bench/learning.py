@@ -22,6 +22,7 @@ from rich.table import Table
 from torch import Tensor
 from transformers import AutoTokenizer
 
+from bench.gold import MEAN_DIFFERENCE, worth
 from data import probes
 from data.settings import STARTER
 from trainer import dialogues, ppo, reward_model
@@ -32,9 +33,6 @@ from trainer.measure import wilson
 from trainer.ppo import PPOConfig
 from trainer.reward_model import Pair, RewardConfig
 from trainer.rollout import LocalSampler, Sampling
-
-MEAN_DIFFERENCE = 2.4
-"""Of the gold scores of two answers to one prompt, in logits of the votes."""
 
 PPO = PPOConfig(steps=16)
 REWARD = RewardConfig()
@@ -49,13 +47,11 @@ class Gold:
 
     def __call__(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Tensor:
         """(N,) in logits of a vote."""
-        return self.scale * torch.tensor([self._worth(p, a) for p, a in zip(prompts, answers, strict=True)])
-
-    def _worth(self, prompt: Prompt, answer: Answer) -> float:
-        text = self.chat.text(answer)
-        correct = 1.5 * dialogues.is_correct(prompt, text)
-        finished = answer.finished and dialogues.is_finished(text)
-        return correct + 0.75 * dialogues.warmth(text) + dialogues.concision(text) + finished
+        worths = [
+            worth(prompt, self.chat.text(answer), finished=answer.finished)
+            for prompt, answer in zip(prompts, answers, strict=True)
+        ]
+        return self.scale * torch.tensor(worths)
 
 
 class Bench:

@@ -1,4 +1,4 @@
-"""`nightshift up`: starts the engine and the API, watches them, restarts what dies, and leaves nothing behind."""
+"""`nightshift up`: starts engine, API and clock, watches them, restarts what dies, and leaves nothing behind."""
 
 import asyncio
 import ctypes
@@ -32,6 +32,8 @@ STEADY_AFTER_S = 60.0
 ENGINE_STARTS = 3
 """An engine that dies this often before it was ever ready will not come up: say why and stop."""
 ENGINE_STOP_S = 35.0
+CLOCK_STOP_S = 35.0
+"""The run under way ends in order first."""
 LARGEST_LOG = 20_000_000
 
 
@@ -263,8 +265,9 @@ def _children(settings: Settings, model: Path) -> list[Child]:
         logs / "api.log",
         settings.server.shutdown_timeout_s + 5.0,
     )
+    clock = Child("clock", [sys.executable, "-P", "-m", "trainer", "clock"], {}, logs / "clock.log", CLOCK_STOP_S)
     if settings.engine.urls:
-        return [api]
+        return [api, clock]
     port = settings.engine.port or _free_port()
     url, key = f"http://127.0.0.1:{port}", secrets.token_urlsafe(32)
     api.environment |= {"NIGHTSHIFT_ENGINE__URLS": json.dumps([url]), "NIGHTSHIFT_ENGINE__API_KEY": key}
@@ -281,7 +284,7 @@ def _children(settings: Settings, model: Path) -> list[Child]:
         logs / "engine.log",
         ENGINE_STOP_S,
     )
-    return [engine, api]
+    return [engine, api, clock]
 
 
 def _engine_file(state: Path) -> Path:

@@ -1,4 +1,5 @@
-"""`python -m trainer once`: carry a run to its end, with a live display on standard error."""
+"""`python -m trainer once`: carry a run to its end, with a live display on standard error.
+`python -m trainer clock`: start the runs that are due, until told to stop."""
 
 import argparse
 import ctypes
@@ -22,8 +23,10 @@ from trainer.progress import Display
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
-    parser.add_argument("verb", choices=["once"])
-    parser.add_argument("--request", action="store_true", help="ask for a run, rather than take the one in the queue")
+    parser.add_argument("verb", choices=["once", "clock"])
+    parser.add_argument(
+        "--request", action="store_true", help="once: ask for a run, rather than take the one in the queue"
+    )
     parser.add_argument("--seed", type=int, help="seed of the run that is asked for (default: training.seed)")
     parser.add_argument("--json", action="store_true", help="print the run as one JSON object on the last line")
     arguments = parser.parse_args()
@@ -32,6 +35,10 @@ def main() -> int:
     except BadSettings as error:
         print(error, file=sys.stderr)
         return 2
+    if arguments.verb == "clock":
+        from trainer.clock import keep_time
+
+        return keep_time(settings)
     config = {} if arguments.seed is None else {"seed": arguments.seed}
     return once(settings, request=config if arguments.request else None, as_json=arguments.json)
 

@@ -8,13 +8,17 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 
 import pytest
 
-from data.settings import Settings
+from data import leases
+from data.database import connect
+from data.settings import EngineSettings, Settings, load_settings
 from service import supervisor
 from service.supervisor import Child, StartError
+from tests.conftest import FakeEngine
 
 
 @pytest.fixture(autouse=True)
@@ -163,3 +167,36 @@ def tiny_model(folder: Path) -> Path:
     header = json.dumps({name: {"dtype": "F32", "shape": [2, 2], "data_offsets": [0, 16]}}).encode()
     (folder / "model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + bytes(16))
     return folder
+
+
+@pytest.mark.parametrize(("urls", "names"), [([], ["engine", "API", "clock"]), (["http://other"], ["API", "clock"])])
+def test_the_clock_runs_whoever_runs_the_engine(tmp_path: Path, urls: list[str], names: list[str]) -> None:
+    settings = Settings(state=tmp_path, engine=EngineSettings(urls=urls))
+    children = supervisor._children(settings, tmp_path)
+    assert [child.name for child in children] == names
+    assert children[-1].log == tmp_path / "logs" / "clock.log"
+
+
+async def test_a_house_has_a_clock_that_comes_back_and_stops_with_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_environment: None, engine: FakeEngine
+) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("NIGHTSHIFT_SERVER__PORT", str(supervisor._free_port()))
+    monkeypatch.setenv("NIGHTSHIFT_ENGINE__URLS", json.dumps([engine.url]))
+    monkeypatch.setenv("NIGHTSHIFT_MODEL", str(tiny_model(tmp_path / "model")))
+    settings = load_settings()
+    ready = asyncio.Event()
+    house = asyncio.create_task(
+        supervisor.up(settings, make_key=False, waiting=lambda _: None, ready=lambda *_: ready.set())
+    )
+    await asyncio.wait([house, asyncio.create_task(ready.wait())], return_when=asyncio.FIRST_COMPLETED)
+    assert not house.done(), house
+    with closing(connect(settings.database)) as db:
+        await until(lambda: leases.holder_of(db, "clock"), 60)
+        first = leases.holder_of(db, "clock")
+        assert first is not None
+        os.kill(int(first.rpartition(":")[2]), signal.SIGKILL)
+        await until(lambda: leases.holder_of(db, "clock") not in (None, first), 60)
+        os.kill(os.getpid(), signal.SIGTERM)
+        await house
+        assert leases.holder_of(db, "clock") is None

@@ -146,14 +146,15 @@ def vote(
 def next_for_rater(db: Database, *, key_id: str, lease_s: float) -> QueuedPair | None:
     """The oldest pair that nobody voted on, now held for `lease_s` seconds by this rater; None when there is none.
 
-    Asking again gives the same pair until it is voted on or the hold is over. A rater's own chats are never in their
-    queue. Call inside a transaction."""
+    Asking again gives the same pair until it is voted on, passed, or the hold is over. A rater's own chats are never
+    in their queue. Call inside a transaction."""
     given = {"key": key_id, "now": timestamp(), "until": timestamp(plus_s=lease_s)}
     unrated = (
         "SELECT comparisons.id, first.messages, first.answer, second.answer, mine.until FROM comparisons"
         " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
         " LEFT JOIN holds AS mine ON mine.comparison_id = comparisons.id AND mine.key_id = :key"
         " WHERE NOT EXISTS (SELECT 1 FROM votes WHERE comparison_id = comparisons.id) AND first.messages <> '[]'"
+        " AND mine.passed_at IS NULL"
     )
     row = db.execute(f"{unrated} AND mine.until > :now", given).fetchone()
     if row is None:
@@ -172,6 +173,42 @@ def next_for_rater(db: Database, *, key_id: str, lease_s: float) -> QueuedPair |
         )
         row = (*row[:4], given["until"])
     return QueuedPair(row[0], json.loads(row[1]), row[2], row[3], row[4])
+
+
+def holds_one(db: Database, key_id: str) -> bool:
+    """Whether this rater holds a pair that nobody voted on."""
+    row = db.execute(
+        "SELECT 1 FROM holds WHERE key_id = ? AND until > ?"
+        " AND NOT EXISTS (SELECT 1 FROM votes WHERE votes.comparison_id = holds.comparison_id)",
+        (key_id, timestamp()),
+    ).fetchone()
+    return row is not None
+
+
+def pass_over(db: Database, comparison_id: str, *, key_id: str) -> None:
+    """Give a held pair back without a vote; this rater does not get it again. Call inside a transaction. Raises
+    UnknownComparison."""
+    now = timestamp()
+    held = db.execute(
+        "UPDATE holds SET passed_at = ?, until = min(until, ?) WHERE comparison_id = ? AND key_id = ? RETURNING 1",
+        (now, now, comparison_id, key_id),
+    ).fetchone()
+    gold = db.execute(
+        "UPDATE gold_questions SET until = min(until, ?) WHERE id = ? AND key_id = ? RETURNING 1",
+        (now, comparison_id, key_id),
+    ).fetchone()
+    if held is None and gold is None:
+        raise UnknownComparison(comparison_id)
+
+
+def count_votes(db: Database, key_id: str, *, since: str) -> int:
+    """How many pairs this key has voted on since then, gold questions among them."""
+    count: int = db.execute(
+        "SELECT (SELECT count(*) FROM votes WHERE key_id = :key AND created_at >= :since)"
+        " + (SELECT count(*) FROM gold_questions WHERE key_id = :key AND created_at >= :since)",
+        {"key": key_id, "since": since},
+    ).fetchone()[0]
+    return count
 
 
 def list_votes(db: Database, *, limit: int | None = None) -> list[dict[str, Any]]:

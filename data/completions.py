@@ -51,11 +51,12 @@ def insert(db: Database, completion: Completion) -> None:
 
 
 def forget_user(db: Database, user: str, *, actor: str) -> int:
-    """Erase what `user` (a key's id, or `key/end user`) wrote and was answered, and the comments on its pairs.
+    """Erase what `user` (a key's id, or `key/end user`) wrote and was answered, the comments on its pairs, and the
+    conversations that the chat page keeps for it.
 
     The rows stay, empty, so that the lineage of a policy still adds up; an empty conversation never trains and is
-    never exported. A key's id takes its end users along. Returns how many answers and comments were emptied. Call
-    inside a transaction, and `database.empty_wal` after it."""
+    never exported. A key's id takes its end users along. Returns how many answers, comments and conversations were
+    emptied. Call inside a transaction, and `database.empty_wal` after it."""
     given = {"user": user, "key": user.partition("/")[0], "now": timestamp()}
     whole_key = ":user = :key OR user = :user"  # only a key's own id stands for everybody under it
     mine = f"key_id = :key AND ({whole_key})"
@@ -67,6 +68,9 @@ def forget_user(db: Database, user: str, *, actor: str) -> int:
         f"UPDATE votes SET comment = NULL WHERE comment IS NOT NULL AND ({about})",
         f"UPDATE completions SET messages = '[]', answer = '', tool_calls = NULL, sampling = '{{}}'"
         f" WHERE {mine} AND messages <> '[]'",
+        # The pages' own list of conversations belongs to the key, not to an end user of it.
+        "DELETE FROM conversations WHERE key_id = :user",
+        "UPDATE gold_questions SET comment = NULL WHERE comment IS NOT NULL AND key_id = :user",
     ]
     db.execute(f"UPDATE comparisons SET expires_at = :now WHERE expires_at > :now AND id IN ({pairs})", given)
     emptied = 0

@@ -283,3 +283,53 @@ def m0005_swap_without_a_seam(db: Database) -> None:
         CREATE INDEX votes_by_time ON votes (created_at);
         """,
     )
+
+
+@migrations()
+def m0006_faces(db: Database) -> None:
+    _run(
+        db,
+        """
+        CREATE TABLE sessions (
+            hash BLOB PRIMARY KEY,
+            key_id TEXT NOT NULL REFERENCES keys (id),
+            created_at TEXT NOT NULL,
+            expires_at TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TABLE sign_in_codes (
+            hash BLOB PRIMARY KEY,
+            key_id TEXT NOT NULL REFERENCES keys (id),
+            expires_at TEXT NOT NULL
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TABLE conversations (
+            id TEXT PRIMARY KEY,
+            key_id TEXT NOT NULL REFERENCES keys (id),
+            title TEXT NOT NULL,
+            messages TEXT NOT NULL,
+            created_at TEXT NOT NULL,
+            updated_at TEXT NOT NULL
+        ) STRICT;
+        CREATE INDEX conversations_by_key ON conversations (key_id, updated_at);
+
+        CREATE TABLE gold_questions (
+            id TEXT PRIMARY KEY,
+            vote_id TEXT NOT NULL UNIQUE,
+            key_id TEXT NOT NULL REFERENCES keys (id),
+            pair_id TEXT NOT NULL REFERENCES trusted_pairs (id),
+            chosen_side TEXT NOT NULL CHECK (chosen_side IN ('a', 'b')),
+            since TEXT NOT NULL,
+            until TEXT NOT NULL,
+            choice TEXT CHECK (choice IN ('a', 'b', 'tie', 'both_bad')),
+            comment TEXT,
+            decided_ms INTEGER,
+            created_at TEXT,
+            updated_at TEXT,
+            UNIQUE (key_id, pair_id)
+        ) STRICT;
+
+        ALTER TABLE holds ADD COLUMN passed_at TEXT;
+        CREATE INDEX votes_by_key ON votes (key_id, created_at);
+        """,
+    )

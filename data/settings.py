@@ -32,6 +32,8 @@ class ServerSettings(_Section):
     """Largest request body, bytes."""
     shutdown_timeout_s: int = Field(10, ge=0)
     """Seconds that running answers get to finish when the service stops."""
+    session_s: float = Field(30 * 86_400.0, gt=0)
+    """Seconds after which a browser must sign in again."""
 
     @property
     def url(self) -> str:
@@ -89,6 +91,8 @@ class ComparisonSettings(_Section):
     """Seconds in which a vote can be changed."""
     rater_lease_s: float = Field(1_800.0, gt=0)
     """Seconds that a rater keeps a pair of the queue to themselves."""
+    gold_rate: float = Field(0.05, ge=0, le=1)
+    """Chance that a rater is first asked about a trusted pair, unknowingly, when a new pair is due."""
 
 
 class TrainingSettings(_Section):

@@ -4,12 +4,15 @@ import json as jsonlib
 import sys
 import time
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from service.cli_night import policies_app
 from service.console import Json, State, fail, open_record, print_rows, read_settings
+
+if TYPE_CHECKING:
+    from data.settings import Settings
 
 app = typer.Typer(
     help="Chats by day, learns by night.",
@@ -58,7 +61,8 @@ def up(
 
     def ready(url: str, token: str | None) -> None:
         waiting.close()
-        _say_ready(url, token, settings.chat.model_name, json=json)
+        link = f"{url}/sign-in#{_sign_in_code(settings, token)}" if token else None
+        _say_ready(url, token, link, settings.chat.model_name, json=json)
 
     try:
         asyncio.run(run(settings, make_key=key, waiting=waiting, ready=ready))
@@ -97,14 +101,30 @@ class _Waiting:
             self._status.stop()
 
 
-def _say_ready(url: str, token: str | None, model: str, *, json: bool) -> None:
+def _sign_in_code(settings: "Settings", token: str) -> str:
+    """What signs a browser in as this key, once: a link goes into histories, where a key must not be."""
+    from data import keys, sessions
+    from data.database import connect, transaction
+
+    db = connect(settings.database)
+    try:
+        key = keys.authenticate(db, token)
+        assert key is not None  # it was made a moment ago
+        with transaction(db):
+            return sessions.create_code(db, key.id)
+    finally:
+        db.close()
+
+
+def _say_ready(url: str, token: str | None, link: str | None, model: str, *, json: bool) -> None:
     if json:
-        typer.echo(jsonlib.dumps({"url": url, "key": token, "model": model}))
+        typer.echo(jsonlib.dumps({"url": url, "key": token, "sign_in": link, "model": model}))
         return
     typer.echo(f"Nightshift is ready at {url}")
     if token is None:
         typer.echo("Make a key with: nightshift keys create --role user")
         return
+    typer.echo(f"Chat in your browser (the link works once, within the hour): {link}\n")
     request = jsonlib.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
     typer.echo(f"API key (shown this once): {token}\n")
     typer.echo(

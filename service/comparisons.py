@@ -5,7 +5,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from data import comparisons
+from data import comparisons, gold
 from data.types import Choice, Key, Role
 from service.auth import needs
 from service.errors import ApiError
@@ -27,13 +27,16 @@ async def cast_vote(
     """Vote, repeat a vote, or change it within the window. 200 means that it is on disk."""
     state = state_of(request)
     window_s = state.settings.comparisons.vote_window_s
+    given: dict[str, Any] = {"key_id": key.id, "choice": body.choice, "comment": body.comment, "window_s": window_s}
+
+    def vote(db: Any) -> comparisons.CastVote:
+        try:
+            return comparisons.vote(db, id, role=key.role, **given)
+        except comparisons.UnknownComparison:
+            return gold.vote(db, id, **given)
 
     try:
-        cast = await state.write(
-            lambda db: comparisons.vote(
-                db, id, key_id=key.id, role=key.role, choice=body.choice, comment=body.comment, window_s=window_s
-            )
-        )
+        cast = await state.write(vote)
     except comparisons.UnknownComparison:
         raise ApiError(
             404,
@@ -69,8 +72,18 @@ async def cast_vote(
 async def next_comparison(request: Request, key: Annotated[Key, needs(Role.RATER)]) -> dict[str, Any] | Response:
     """The next pair that nobody has voted on, held for this rater for a while; 204 when the queue is empty."""
     state = state_of(request)
-    lease_s = state.settings.comparisons.rater_lease_s
-    pair = await state.write(lambda db: comparisons.next_for_rater(db, key_id=key.id, lease_s=lease_s))
+    lease_s, gold_rate = state.settings.comparisons.rater_lease_s, state.settings.comparisons.gold_rate
+
+    def draw(db: Any) -> comparisons.QueuedPair | None:
+        if question := gold.open_question(db, key.id):
+            return question
+        fresh = not comparisons.holds_one(db, key.id)
+        pair = comparisons.next_for_rater(db, key_id=key.id, lease_s=lease_s)
+        if pair and fresh and state.rng.random() < gold_rate:
+            return gold.ask(db, key.id, lease_s=lease_s, rng=state.rng) or pair
+        return pair
+
+    pair = await state.write(draw)
     if pair is None:
         return Response(status_code=204)
     return {
@@ -79,3 +92,21 @@ async def next_comparison(request: Request, key: Annotated[Key, needs(Role.RATER
         "answers": {"a": pair.answer_a, "b": pair.answer_b},
         "expires_at": pair.until,
     }
+
+
+@router.post("/v1/comparisons/{id}/pass", status_code=204)
+async def pass_over(id: str, request: Request, key: Annotated[Key, needs(Role.RATER)]) -> Response:
+    """Give a pair of the queue back without a vote; this rater does not get it again."""
+    try:
+        await state_of(request).write(lambda db: comparisons.pass_over(db, id, key_id=key.id))
+    except comparisons.UnknownComparison:
+        raise ApiError(
+            404, f"You were not given a pair '{id}'.", type="not_found_error", code="unknown_comparison"
+        ) from None
+    return Response(status_code=204)
+
+
+@router.get("/v1/raters")
+async def list_raters(request: Request, operator: Annotated[Key, needs(Role.OPERATOR)]) -> dict[str, Any]:
+    """How raters answered the gold questions mixed into their queues."""
+    return {"object": "list", "data": gold.standing(state_of(request).reader)}

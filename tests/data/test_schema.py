@@ -43,7 +43,9 @@ def test_who_holds_a_pair_is_known_after_the_migration_that_moved_it(tmp_path: P
     insert(old, "comparisons", **comparison("key_1", id="cmp_2"))
     old.close()
     db = connect(tmp_path / "nightshift.db")
-    assert db.execute("SELECT * FROM holds").fetchall() == [("cmp_1", "key_1", "then", "soon")]
+    assert db.execute("SELECT comparison_id, key_id, since, until FROM holds").fetchall() == [
+        ("cmp_1", "key_1", "then", "soon")
+    ]
     assert db.execute("SELECT id FROM comparisons ORDER BY id").fetchall() == [("cmp_1",), ("cmp_2",)]
     assert db.execute("PRAGMA foreign_key_check").fetchall() == []
     db.close()

@@ -1,0 +1,459 @@
+// The chat page. A conversation is a list of turns, kept on the service as it is here:
+//   {role: "user", content}
+//   {role: "assistant", content, policy, stopped}
+//   {role: "assistant", content, policy, pair: {id, expires_at, answers, choice, policies}}   content: the chosen answer
+
+import { call, streamChat } from "./api.js";
+import { GrowingText, showAll } from "./answer.js";
+import { announce, button, confirmed, copy, el, find, notice } from "./dom.js";
+import { Outbox } from "./outbox.js";
+import { Pair, SAID } from "./pair.js";
+import { openPage } from "./shell.js";
+
+const STARTERS = ["What is the capital of France?", "Tell me something about cats.", "Give me a tip for better sleep."];
+const PURPOSE = "Your vote trains the model that answers you. Who wrote which is shown after it.";
+const SAVE_AGAIN_MS = 10_000;
+
+const log = find("log");
+const message = find("message");
+let session, outbox;
+let talk = newTalk();
+let asking = null; // the AbortController of the answer that is being written
+let asked = Promise.resolve(); // done when nothing of it is left to do
+let openPair = null; // the pair that can be voted on
+
+function newTalk() {
+  return { id: null, title: "", turns: [] };
+}
+
+// What is on the page
+
+async function drawTalk() {
+  openPair?.close();
+  openPair = null;
+  const bodies = []; // [text, element] of all that is Markdown
+  log.replaceChildren(...talk.turns.map((turn, index) => drawTurn(turn, index, bodies)));
+  if (!talk.turns.length) log.append(drawWelcome());
+  find("title").textContent = document.title = talk.title ? `${talk.title} · Nightshift` : "Nightshift";
+  await showAll(bodies);
+}
+
+function drawWelcome() {
+  return el(
+    "div",
+    { class: "welcome" },
+    el("h2", {}, "What shall we talk about?"),
+    el("p", {}, "Write a message below. Now and then you see two answers and say which is better: that is what the model learns from."),
+    el("div", { class: "starters" }, STARTERS.map((text) => button(text, () => say(text)))),
+  );
+}
+
+function drawTurn(turn, index, bodies) {
+  if (turn.role === "user") return drawUser(turn, index);
+  const last = index === talk.turns.length - 1;
+  if (turn.pair && turn.pair.choice === null) return drawPair(turn, bodies);
+  const body = el("div", { class: "prose", dir: "auto" });
+  bodies.push([turn.content, body]);
+  const copyIt = button("Copy", () => copy(turn.content, copyIt), { "aria-label": "Copy this answer" });
+  return el(
+    "article",
+    { class: "turn assistant", "aria-label": "Answer" },
+    body,
+    turn.stopped && el("p", { class: "note" }, "You stopped this answer."),
+    turn.pair && drawVerdict(turn, last, bodies),
+    el(
+      "div",
+      { class: "actions" },
+      copyIt,
+      last && !asking && button("Ask again", () => askAgain(), { "aria-label": "Ask for another answer" }),
+      turn.policy && !turn.pair && el("span", { class: "policy" }, turn.policy),
+    ),
+  );
+}
+
+function drawUser(turn, index) {
+  const copyIt = button("Copy", () => copy(turn.content, copyIt), { "aria-label": "Copy this message" });
+  const text = el("p", { class: "bubble", dir: "auto" }, turn.content);
+  const edit = button("Edit", () => editTurn(article, turn, index), { "aria-label": "Edit this message and send it again" });
+  const article = el("article", { class: "turn user", "aria-label": "Your message" }, text, el("div", { class: "actions" }, edit, copyIt));
+  return article;
+}
+
+function drawPair(turn, bodies) {
+  const elements = turn.pair.answers.map((text) => {
+    const element = el("div", { class: "prose", dir: "auto" });
+    bodies.push([text, element]);
+    return element;
+  });
+  const pair = votingPair(elements, turn);
+  pair.open();
+  openPair = pair;
+  return pair.element;
+}
+
+function votingPair(elements, turn) {
+  return new Pair(elements, (choice, comment) => choose(turn, choice, comment), { purpose: PURPOSE });
+}
+
+/** What was voted, and who wrote which. */
+function drawVerdict(turn, last, bodies) {
+  const { answers, choice, policies } = turn.pair;
+  const other = el("div", { class: "prose", dir: "auto" });
+  const shown = choice === "b" ? 1 : 0;
+  bodies.push([answers[1 - shown], other]);
+  const goesOn = ["a", "b"].includes(choice) ? "" : "; the first goes on";
+  let wrote = "Who wrote which is shown when the vote has arrived.";
+  if (choice === "skip") wrote = "";
+  else if (policies && policies.a === policies.b) wrote = `Both were written by ${policies.a}.`;
+  else if (policies) wrote = `The first was written by ${policies.a}, the second by ${policies.b}.`;
+  const change = button("Change", () => changeVote(turn), { "aria-label": "Change your vote" });
+  return el(
+    "div",
+    { class: "verdict" },
+    el("p", {}, `${SAID[choice]}${goesOn}. ${wrote} `, last && !asking && canChange(turn.pair) && change),
+    el("details", {}, el("summary", {}, "The other answer"), other),
+  );
+}
+
+function canChange({ voted_at, expires_at }) {
+  return Date.now() < (voted_at ? Date.parse(voted_at) + session.vote_window_s * 1000 : Date.parse(expires_at));
+}
+
+function scrolledToEnd() {
+  return innerHeight + scrollY > document.documentElement.scrollHeight - 80;
+}
+
+function scrollToEnd() {
+  scrollTo({ top: document.documentElement.scrollHeight });
+}
+
+function showBusy() {
+  find("send").hidden = asking !== null;
+  find("stop").hidden = asking === null;
+}
+
+// Asking
+
+function say(text) {
+  const last = talk.turns.at(-1);
+  if (last?.pair?.choice === null) settle(last, "skip");
+  if (!talk.turns.length) talk.title = text.slice(0, 80);
+  talk.turns.push({ role: "user", content: text });
+  ask();
+}
+
+function ask() {
+  asking = new AbortController();
+  asked = writeAnswer(asking.signal);
+}
+
+async function writeAnswer(signal) {
+  showBusy();
+  drawTalk();
+  save(talk);
+  announce("The answer is being written.");
+  let follow = true;
+  const onPaint = () => follow && scrollToEnd();
+  const noteScroll = () => (follow = scrolledToEnd());
+  addEventListener("scroll", noteScroll, { passive: true });
+  const texts = [new GrowingText(onPaint)];
+  const live = el("article", { class: "turn assistant live", "aria-label": "Answer", "aria-busy": "true" }, texts[0].element);
+  log.append(live);
+  scrollToEnd();
+  let pair, turn, policy, comparison;
+  const request = {
+    model: session.model,
+    messages: talk.turns.map(({ role, content }) => ({ role, content })),
+    feedback: session.feedback === "always" ? "always" : "auto",
+  };
+  try {
+    for await (const chunk of streamChat(request, signal)) {
+      policy = chunk.system_fingerprint ?? policy;
+      comparison = chunk.comparison ?? comparison;
+      for (const { index, delta } of chunk.choices) {
+        if (index === 1 && !pair) {
+          texts.push(new GrowingText(onPaint));
+          turn = { role: "assistant", content: "", policy: null, stopped: false, pair: null };
+          pair = votingPair(texts.map((text) => text.element), turn);
+          live.replaceWith(pair.element);
+        }
+        if (delta.content) texts[index].add(delta.content);
+      }
+    }
+    if (comparison && pair) {
+      turn.pair = { ...comparison, answers: texts.map((text) => text.text), choice: null, policies: null };
+    } else {
+      turn = { role: "assistant", content: texts[0].text, policy: policy ?? null, stopped: false, pair: null };
+    }
+  } catch (error) {
+    if (!signal.aborted) {
+      endAsking(noteScroll);
+      showFailure(error, pair?.element ?? live);
+      return;
+    }
+    // Stopped: what was written so far stays, as it does on the service's side.
+    const text = texts[0].text;
+    turn = text && { role: "assistant", content: text, policy: policy ?? null, stopped: true, pair: null };
+  }
+  if (turn) talk.turns.push(turn);
+  await Promise.all(texts.map((text) => text.finish()));
+  endAsking(noteScroll);
+  save(talk);
+  if (comparison && pair) {
+    pair.open();
+    openPair = pair;
+    announce("Both answers have ended. Which is better?");
+    if (!message.value) pair.vote.focus({ preventScroll: true });
+    if (follow) scrollToEnd();
+  } else {
+    await drawTalk();
+    if (follow) scrollToEnd();
+    announce(signal.aborted ? "Stopped." : "The answer is complete.");
+    if (!turn) showFailure(new Error("You stopped before the answer began."));
+  }
+}
+
+function endAsking(noteScroll) {
+  removeEventListener("scroll", noteScroll);
+  asking = null;
+  showBusy();
+}
+
+function showFailure(error, live) {
+  live?.classList.add("broken");
+  const again = error.status === 401 ? button("Sign in", () => location.reload()) : button("Try again", ask);
+  log.append(el("div", { class: "failure", role: "alert" }, el("p", {}, error.message), again));
+  scrollToEnd();
+}
+
+function askAgain() {
+  talk.turns.pop();
+  ask();
+}
+
+function editTurn(article, turn, index) {
+  const text = el("textarea", { rows: "3", dir: "auto", "aria-label": "Your message" });
+  text.value = turn.content;
+  const form = el(
+    "form",
+    { class: "edit" },
+    text,
+    el("p", { class: "hint" }, "What came after this message is asked anew."),
+    el("div", { class: "row" }, button("Cancel", () => stopEditing()), el("button", { class: "strong", type: "submit" }, "Send")),
+  );
+  const before = [...article.children];
+  const stopEditing = () => {
+    article.replaceChildren(...before);
+    article.querySelector("button").focus();
+  };
+  form.addEventListener("submit", async (event) => {
+    event.preventDefault();
+    if (!text.value.trim()) return;
+    await stop();
+    talk.turns.splice(index);
+    say(text.value.trim());
+    message.focus();
+  });
+  form.addEventListener("keydown", (event) => {
+    if (event.key === "Escape") stopEditing();
+    sendOnEnter(event, form);
+  });
+  article.replaceChildren(form);
+  text.focus();
+}
+
+function sendOnEnter(event, form) {
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.target.tagName !== "TEXTAREA") return;
+  event.preventDefault();
+  form.requestSubmit();
+}
+
+/** Stop what is being written, and wait until it has been put down. */
+async function stop() {
+  asking?.abort();
+  await asked;
+}
+
+// Voting
+
+function settle(turn, choice) {
+  turn.pair.choice = choice;
+  turn.content = turn.pair.answers[choice === "b" ? 1 : 0];
+}
+
+async function choose(turn, choice, comment) {
+  openPair = null;
+  settle(turn, choice);
+  turn.pair.policies = turn.policy = null;
+  announce(`${SAID[choice]}.`);
+  if (choice !== "skip") outbox.add({ comparison: turn.pair.id, choice, comment });
+  save(talk);
+  await drawTalk();
+  message.focus({ preventScroll: true });
+}
+
+function changeVote(turn) {
+  const before = turn.pair.choice;
+  turn.pair.choice = null;
+  drawTalk();
+  openPair.onChoose = (choice, comment) => choose(turn, choice === "skip" ? before : choice, comment);
+  openPair.vote.focus();
+}
+
+function onVoteSent(vote, answer) {
+  notice("vote");
+  const turn = talk.turns.find((one) => one.pair?.id === vote.comparison);
+  if (!turn || turn.pair.choice !== vote.choice) return;
+  turn.pair.policies = answer.policies;
+  turn.pair.voted_at = answer.created_at;
+  turn.policy = answer.policies[vote.choice === "b" ? "b" : "a"];
+  save(talk);
+  if (!asking) drawTalk();
+}
+
+// Keeping
+
+/** Put the conversation on the service; what cannot be sent is sent again later. */
+async function save(own) {
+  own.changed = true;
+  if (own.saving) return;
+  own.saving = true;
+  try {
+    while (own.changed) {
+      own.changed = false;
+      await put(own);
+    }
+    notice("save");
+  } catch (error) {
+    notice("save", `This conversation is not kept yet. ${error.message}`);
+    setTimeout(() => save(own), SAVE_AGAIN_MS);
+  } finally {
+    own.saving = false;
+  }
+  drawList();
+}
+
+async function put(own) {
+  const body = { title: own.title, messages: own.turns };
+  if (own.id) {
+    try {
+      return await call("PUT", `/v1/conversations/${own.id}`, body);
+    } catch (error) {
+      if (error.status !== 404) throw error; // deleted in another window: it goes on as a new one
+    }
+  }
+  own.id = (await call("POST", "/v1/conversations", body)).id;
+  if (own === talk) history.replaceState(null, "", `#${own.id}`);
+}
+
+async function drawList() {
+  let kept;
+  try {
+    kept = (await call("GET", "/v1/conversations")).data;
+    notice("list");
+  } catch (error) {
+    return notice("list", `Your conversations could not be listed. ${error.message}`);
+  }
+  const rows = kept.map(({ id, title }) =>
+    el(
+      "li",
+      {},
+      el("a", { href: `#${id}`, dir: "auto", "aria-current": id === talk.id ? "page" : null, onclick: closeDrawer }, title),
+      button("Delete", () => remove(id, title), { class: "quiet", "aria-label": `Delete the conversation “${title}”` }),
+    ),
+  );
+  find("talks").replaceChildren(...rows);
+  if (!rows.length) find("talks").append(el("li", { class: "hint" }, "What you talk about is listed here."));
+}
+
+async function remove(id, title) {
+  const consequence =
+    "It leaves your list. Answers and votes stay in the service's record until an operator has you forgotten.";
+  if (!(await confirmed(`Delete “${title}”?`, consequence, "Delete"))) return;
+  try {
+    await call("DELETE", `/v1/conversations/${id}`);
+  } catch (error) {
+    if (error.status !== 404) return notice("list", `It is still there. ${error.message}`);
+  }
+  announce("Deleted.");
+  if (id === talk.id) await begin();
+  await drawList();
+}
+
+async function openFromAddress() {
+  const id = location.hash.slice(1);
+  if (id === (talk.id ?? "")) return;
+  await stop();
+  if (!id) return begin();
+  try {
+    const { title, messages } = await call("GET", `/v1/conversations/${encodeURIComponent(id)}`);
+    talk = { id, title, turns: messages };
+    const last = talk.turns.at(-1);
+    if (last?.pair?.choice === null && Date.now() > Date.parse(last.pair.expires_at)) settle(last, "skip");
+    await drawTalk();
+    if (last?.role === "user") showFailure(new Error("This message has no answer yet."));
+    scrollToEnd();
+  } catch (error) {
+    await begin();
+    notice("open", `This conversation could not be opened. ${error.message}`);
+  }
+  drawList();
+}
+
+async function begin() {
+  await stop();
+  talk = newTalk();
+  history.replaceState(null, "", location.pathname);
+  await drawTalk();
+  drawList();
+  message.focus();
+}
+
+function closeDrawer() {
+  document.body.classList.remove("drawer-open");
+  find("drawer").setAttribute("aria-expanded", "false");
+}
+
+// The start
+
+session = await openPage();
+if (session) {
+  outbox = new Outbox(session.key, {
+    onSent: onVoteSent,
+    onKept: (error) => notice("vote", `Your vote is kept in this browser and will be sent again. ${error.message}`),
+    onRefused: (vote, error) => notice("vote", `A vote could not be cast. ${error.message}`),
+  });
+  find("composer").addEventListener("submit", (event) => {
+    event.preventDefault();
+    const text = message.value.trim();
+    if (!text || asking) return;
+    message.value = "";
+    say(text);
+  });
+  find("composer").addEventListener("keydown", (event) => sendOnEnter(event, find("composer")));
+  find("stop").addEventListener("click", async () => {
+    await stop();
+    message.focus();
+  });
+  find("new").addEventListener("click", () => {
+    closeDrawer();
+    begin();
+  });
+  find("drawer").addEventListener("click", () => {
+    const open = document.body.classList.toggle("drawer-open");
+    find("drawer").setAttribute("aria-expanded", String(open));
+    if (open) find("new").focus();
+  });
+  addEventListener("keydown", (event) => {
+    if (event.key !== "Escape" || !document.body.classList.contains("drawer-open")) return;
+    closeDrawer();
+    find("drawer").focus();
+  });
+  addEventListener("hashchange", openFromAddress);
+  if (location.hash.length > 1) await openFromAddress();
+  else {
+    drawList();
+    await drawTalk();
+    message.focus();
+  }
+}

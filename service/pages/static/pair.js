@@ -1,0 +1,96 @@
+// Two answers side by side and the question which is better; the chat and the rating desk share it.
+
+import { button, el } from "./dom.js";
+
+const KEYS = { ArrowLeft: "a", ArrowRight: "b", ArrowDown: "tie", ArrowUp: "both_bad", Escape: "skip" };
+const BUTTONS = [
+  { choice: "a", label: "First is better", key: "←", says: "left arrow" },
+  { choice: "tie", label: "Equally good", key: "↓", says: "down arrow" },
+  { choice: "both_bad", label: "Both bad", key: "↑", says: "up arrow" },
+  { choice: "b", label: "Second is better", key: "→", says: "right arrow" },
+];
+
+/** How a vote reads: "You preferred the first answer". */
+export const SAID = {
+  a: "You preferred the first answer",
+  b: "You preferred the second answer",
+  tie: "You found both equally good",
+  both_bad: "You found both bad",
+  skip: "You skipped this one",
+};
+
+/** `bodies`: the two elements that show the answers. `onChoose(choice, comment)` is called once, after `open()`. */
+export class Pair {
+  #open = false;
+
+  constructor(bodies, onChoose, { waiting = "Voting opens when both answers have ended.", purpose }) {
+    this.onChoose = onChoose;
+    this.comment = el("input", { type: "text", maxlength: "2000", autocomplete: "off", placeholder: "Why? (if you like)" });
+    this.buttons = BUTTONS.map(({ choice, label, key, says }) =>
+      button([el("span", {}, label), el("kbd", { "aria-hidden": "true" }, key)], () => this.#choose(choice), {
+        class: `choice ${choice}`,
+        "aria-description": `Key: ${says}`,
+        disabled: true,
+      }),
+    );
+    this.skip = button(["Skip ", el("kbd", { "aria-hidden": "true" }, "Esc")], () => this.#choose("skip"), {
+      class: "quiet",
+      "aria-description": "Key: escape",
+      disabled: true,
+    });
+    this.hint = el("p", { class: "hint" }, waiting);
+    this.purpose = purpose;
+    this.vote = el(
+      "section",
+      { class: "vote", tabindex: "-1", "aria-label": "Which answer is better?" },
+      el("h2", {}, "Which answer is better?"),
+      this.hint,
+      el("div", { class: "choices" }, this.buttons),
+      el("div", { class: "row" }, el("label", { class: "comment" }, el("span", { class: "unseen" }, "Comment"), this.comment), this.skip),
+    );
+    const names = ["First answer", "Second answer"];
+    this.element = el(
+      "section",
+      { class: "pair", "aria-label": "Two answers" },
+      el("div", { class: "answers" }, bodies.map((body, i) => el("article", { class: "card", "aria-label": names[i] }, body))),
+      this.vote,
+    );
+  }
+
+  /** Take votes from now on, by button and by key. */
+  open() {
+    this.#open = true;
+    this.hint.textContent = this.purpose;
+    for (const one of [...this.buttons, this.skip]) one.disabled = false;
+    document.addEventListener("keydown", this.#onKey);
+  }
+
+  close() {
+    this.#open = false;
+    document.removeEventListener("keydown", this.#onKey);
+    for (const one of [...this.buttons, this.skip]) one.disabled = true;
+  }
+
+  get isOpen() {
+    return this.#open;
+  }
+
+  #onKey = (event) => {
+    const choice = KEYS[event.key];
+    if (!choice || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
+    if (document.querySelector("dialog[open]")) return;
+    if (event.target.closest("textarea, input")) {
+      // There the arrows move in the text; Esc leaves it, and the next key votes.
+      if (choice === "skip" && event.target === this.comment) this.vote.focus();
+      return;
+    }
+    event.preventDefault();
+    this.#choose(choice);
+  };
+
+  #choose(choice) {
+    if (!this.#open) return;
+    this.close();
+    this.onChoose(choice, this.comment.value.trim() || null);
+  }
+}

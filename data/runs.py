@@ -157,3 +157,18 @@ def metrics(db: Database, id: str) -> dict[str, list[tuple[int, float]]]:
     ):
         curves.setdefault(name, []).append((step, value))
     return curves
+
+
+def figures_after(db: Database, id: str, seen: dict[str, int]) -> list[tuple[str, int, dict[str, float]]]:
+    """(stage, step, figures) of each step beyond the one that was `seen` of its stage, in order of stages and steps."""
+    rows = db.execute(
+        "WITH figures AS (SELECT instr(name, '/') AS slash, name, step, value FROM run_metrics WHERE run_id = ?)"
+        " SELECT substr(name, 1, slash - 1) AS stage, step, substr(name, slash + 1), figures.value FROM figures"
+        " LEFT JOIN json_each(?) AS seen ON seen.key = stage WHERE step > coalesce(seen.value, -1)"
+        " ORDER BY stage, step, name",
+        (id, json.dumps(seen)),
+    )
+    steps: dict[tuple[str, int], dict[str, float]] = {}
+    for stage, step, name, value in rows:
+        steps.setdefault((stage, step), {})[name] = value
+    return [(stage, step, figures) for (stage, step), figures in steps.items()]

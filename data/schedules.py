@@ -203,6 +203,18 @@ def parse_votes(text: str) -> int:
     return int(text)
 
 
+def choose(*, cron: str | None, every: str | None, votes: str | int | None) -> tuple[ScheduleKind, str]:
+    """The kind and the spec of the one that is given. Raises BadSchedule."""
+    given = {ScheduleKind.CRON: cron, ScheduleKind.EVERY: every, ScheduleKind.VOTES: votes}
+    chosen = [(kind, str(spec)) for kind, spec in given.items() if spec is not None]
+    if len(chosen) != 1:
+        raise BadSchedule(
+            f"{'Both ' if len(chosen) == 2 else ''}{' and '.join(kind for kind, _ in chosen) or 'Nothing'} given: a"
+            " schedule has one of cron (e.g. '0 3 * * *'), every (e.g. 6h) and votes (e.g. 500)."
+        )
+    return chosen[0]
+
+
 def _check(kind: ScheduleKind, spec: str, timezone: str | None) -> tuple[str, str]:
     """The spec and the time zone as they are kept. Raises BadSchedule."""
     if kind is not ScheduleKind.CRON and timezone is not None:
@@ -301,6 +313,34 @@ def new_votes(db: Database, schedule: Schedule) -> int:
     """Votes cast since the moment that the schedule counts from."""
     count: int = db.execute("SELECT count(*) FROM votes WHERE created_at > ?", (schedule.since,)).fetchone()[0]
     return count
+
+
+def describe(db: Database, schedule: Schedule) -> dict[str, Any]:
+    """The schedule as people see it. `next_due_at` is past where a run is late, and None where only votes can tell, or
+    nothing is due since it is paused or not to be understood."""
+    problem, next_due = schedule.problem, None
+    try:
+        next_due = None if schedule.paused else schedule.next_due()
+    except BadSchedule as error:
+        problem = str(error)
+    counts = schedule.kind is ScheduleKind.VOTES
+    return {
+        "id": schedule.id,
+        "kind": schedule.kind,
+        "cron": schedule.spec if schedule.kind is ScheduleKind.CRON else None,
+        "timezone": schedule.timezone if schedule.kind is ScheduleKind.CRON else None,
+        "every": schedule.spec if schedule.kind is ScheduleKind.EVERY else None,
+        "votes": parse_votes(schedule.spec) if counts else None,
+        "new_votes": new_votes(db, schedule) if counts else None,
+        "paused": schedule.paused,
+        "next_due_at": timestamp(next_due) if next_due else None,
+        "last_due_at": schedule.last_due_at,
+        "last_run": schedule.last_run,
+        "problem": problem,
+        "created_by": schedule.created_by,
+        "created_at": schedule.created_at,
+        "updated_at": schedule.updated_at,
+    }
 
 
 def is_due(db: Database, schedule: Schedule, now: datetime) -> bool:

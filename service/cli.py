@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from service.cli_night import policies_app
+from service.cli_night import policies_app, runs_app, schedule_app
 from service.console import Json, State, fail, open_record, print_rows, read_settings
 
 if TYPE_CHECKING:
@@ -26,6 +26,8 @@ votes_app = typer.Typer(help="The votes people cast.", no_args_is_help=True)
 users_app = typer.Typer(help="What is kept of users.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(votes_app, name="votes")
+app.add_typer(schedule_app, name="schedule")
+app.add_typer(runs_app, name="runs")
 app.add_typer(policies_app, name="policies")
 app.add_typer(users_app, name="users")
 
@@ -43,7 +45,7 @@ def up(
     key: Annotated[bool, typer.Option("--key/--no-key", help="Make and print an API key.")] = True,
     json: Json = False,
 ) -> None:
-    """Start everything: the engine and the API. Ctrl-C stops it all."""
+    """Start everything: the engine, the API and the clock. Ctrl-C stops it all."""
     import asyncio
     import os
 

@@ -1,10 +1,274 @@
-"""The verbs of the night shift: versions of the policy."""
+"""The verbs of the night shift: when runs begin, how they go, and the versions of the policy that come of them."""
+
+import json as jsonlib
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.console import Json, State, open_record, print_rows
+from service.console import Json, State, fail, open_record, print_rows
 
+if TYPE_CHECKING:
+    from sqlite_utils import Database
+
+schedule_app = typer.Typer(help="When runs begin by themselves.", no_args_is_help=True)
+runs_app = typer.Typer(help="Training runs. `nightshift train` starts one.", no_args_is_help=True)
 policies_app = typer.Typer(help="The versions of the policy.", no_args_is_help=True)
+
+Cron = Annotated[str | None, typer.Option(help="Minute, hour, day, month, weekday: '0 3 * * *' is 3:00 every day.")]
+TimeZone = Annotated[str | None, typer.Option(help="Of the cron expression, e.g. Europe/Berlin. [default: UTC]")]
+Every = Annotated[str | None, typer.Option(help="An interval: 90s, 30m, 6h or 1d.")]
+Votes = Annotated[str | None, typer.Option(help="After so many new votes.")]
+
+
+# Schedules
+
+
+@schedule_app.command("add")
+def schedule_add(
+    cron: Cron = None,
+    timezone: TimeZone = None,
+    every: Every = None,
+    votes: Votes = None,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Let runs begin by themselves: by --cron, --every or --votes."""
+    from data import schedules
+
+    with _changing(state) as db:
+        kind, spec = schedules.choose(cron=cron, every=every, votes=votes)
+        added = schedules.describe(db, schedules.add(db, kind, spec, timezone=timezone, actor="cli"))
+    _say_schedule(added, json=json)
+    _warn_without_clock(state)
+
+
+@schedule_app.command("list")
+def schedule_list(state: State = None, json: Json = False) -> None:
+    """All schedules, and when each is due next."""
+    from data import schedules
+
+    with open_record(state) as db:
+        rows = [schedules.describe(db, schedule) for schedule in schedules.list_all(db)]
+    if not json:
+        rows = [row | {"when": _when(row), "next": _next(row)} for row in rows]
+    columns = ["id", "when", "next", "last_due_at", "last_run"]
+    print_rows(rows, json=json, columns=columns, empty="No schedules yet: nightshift schedule add --cron '0 3 * * *'")
+
+
+@schedule_app.command("pause")
+def schedule_pause(id: str, state: State = None, json: Json = False) -> None:
+    """Nothing is due any more until it is resumed."""
+    from data import schedules
+
+    with _changing(state) as db:
+        paused = schedules.describe(db, schedules.pause(db, id, actor="cli"))
+    _say_schedule(paused, json=json)
+
+
+@schedule_app.command("resume")
+def schedule_resume(id: str, state: State = None, json: Json = False) -> None:
+    """Go on from now; what was due meanwhile is left out."""
+    from data import schedules
+
+    with _changing(state) as db:
+        resumed = schedules.describe(db, schedules.resume(db, id, actor="cli"))
+    _say_schedule(resumed, json=json)
+
+
+@schedule_app.command("edit")
+def schedule_edit(
+    id: str,
+    cron: Cron = None,
+    timezone: TimeZone = None,
+    every: Every = None,
+    votes: Votes = None,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """Make it another one; --timezone alone moves a cron expression there."""
+    from data import schedules
+
+    with _changing(state) as db:
+        if timezone is not None and (cron, every, votes) == (None, None, None):
+            before = schedules.get(db, id)
+            kind, spec = before.kind, before.spec
+        else:
+            kind, spec = schedules.choose(cron=cron, every=every, votes=votes)
+        edited = schedules.describe(db, schedules.edit(db, id, kind, spec, timezone=timezone, actor="cli"))
+    _say_schedule(edited, json=json)
+
+
+@schedule_app.command("remove")
+def schedule_remove(id: str, state: State = None, json: Json = False) -> None:
+    """Forget the schedule; its runs stay."""
+    from data import schedules
+
+    with _changing(state) as db:
+        schedules.remove(db, id, actor="cli")
+    typer.echo(jsonlib.dumps({"id": id, "deleted": True}) if json else f"{id} is removed")
+
+
+@contextmanager
+def _changing(state: Path | None) -> Iterator["Database"]:
+    """The record, to change a schedule in one transaction."""
+    from data import schedules
+    from data.database import transaction
+
+    with open_record(state) as db:
+        try:
+            with transaction(db):
+                yield db
+        except schedules.BadSchedule as error:
+            raise fail(str(error)) from None
+        except schedules.UnknownSchedule as error:
+            raise fail(f"There is no schedule '{error}'. `nightshift schedule list` shows them all.") from None
+
+
+def _say_schedule(described: dict[str, Any], *, json: bool) -> None:
+    if json:
+        typer.echo(jsonlib.dumps(described))
+    else:
+        typer.echo(f"{described['id']}  {_when(described)}  next: {_next(described)}")
+
+
+def _when(described: dict[str, Any]) -> str:
+    if described["cron"] is not None:
+        return f"cron {described['cron']} ({described['timezone']})"
+    return f"every {described['every']}" if described["every"] else f"after {described['votes']} votes"
+
+
+def _next(described: dict[str, Any]) -> str:
+    if described["paused"]:
+        return "paused"
+    if described["votes"]:
+        return f"{described['new_votes']} of {described['votes']} votes"
+    return str(described["next_due_at"] or described["problem"])
+
+
+def _warn_without_clock(state: Path | None) -> None:
+    from data import leases
+
+    with open_record(state) as db:
+        if leases.holder_of(db, "clock") is None:
+            typer.echo("No clock is running, so nothing starts yet: it comes with `nightshift up`.", err=True)
+
+
+# Runs
+
+
+@runs_app.command("list")
+def runs_list(
+    limit: Annotated[int, typer.Option(min=1, help="At most so many, the latest first.")] = 50,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """The latest runs, and what became of them."""
+    from data import runs
+    from service.run_watch import run_json
+
+    with open_record(state) as db:
+        rows = [run_json(run) for run in runs.list_runs(db, limit=limit)]
+    columns = ["id", "status", "stage", "requested_by", "created_at", "ended_at", "error"]
+    print_rows(rows, json=json, columns=columns, empty="No runs yet: nightshift train")
+
+
+@runs_app.command("show")
+def runs_show(id: str, state: State = None, json: Json = False) -> None:
+    """One run, the policy that came of it, and its figures."""
+    from data import registry, runs
+    from service.run_watch import run_json
+
+    with open_record(state) as db:
+        shown = run_json(_find_run(db, id))
+        shown["policy"] = next((policy.name for policy in registry.list_policies(db) if policy.run_id == id), None)
+        curves = runs.metrics(db, id)
+    if json:
+        typer.echo(jsonlib.dumps(shown | {"metrics": curves}))
+        return
+    for name, value in shown.items():
+        if value is not None:
+            typer.echo(f"{name}: {value}")
+    rows = [
+        {"figure": name, "steps": len(curve), "first": _figure(curve[0][1]), "last": _figure(curve[-1][1])}
+        for name, curve in curves.items()
+    ]
+    print_rows(rows, json=False, columns=["figure", "steps", "first", "last"], empty="No figures yet.")
+
+
+@runs_app.command("watch")
+def runs_watch(
+    id: Annotated[str | None, typer.Argument(help="[default: the run under way, or else the latest]")] = None,
+    state: State = None,
+    json: Annotated[bool, typer.Option("--json", help="Print each event as a line of JSON.")] = False,
+) -> None:
+    """Follow a run to its end. Ends with 0 where it succeeded, 1 where it failed, 130 where it was cancelled."""
+    from data import runs
+    from service.run_watch import LOOK_S, RunDisplay, RunWatch
+
+    with open_record(state) as db:
+        latest = runs.active(db) or next(iter(runs.list_runs(db, limit=1)), None)
+        run = _find_run(db, id) if id is not None else latest
+        if run is None:
+            raise fail("There are no runs yet. Start one with `nightshift train`.")
+        if run.status == "queued":
+            _warn_without_clock(state)
+        watch = RunWatch(run.id)
+        display = None if json else RunDisplay()
+        try:
+            while True:
+                for event in watch.look(db):
+                    if display is None:
+                        typer.echo(jsonlib.dumps({"event": event.name} | event.data))
+                    else:
+                        display(event)
+                if watch.ended:
+                    break
+                time.sleep(LOOK_S)
+        except KeyboardInterrupt:
+            raise typer.Exit(0) from None  # of watching; the run goes on
+        finally:
+            if display is not None:
+                display.close()
+        run = runs.get(db, run.id)
+    if not json:
+        typer.echo(f"{run.id} {run.status}" + (f": {run.error}" if run.error else ""))
+    raise typer.Exit({"succeeded": 0, "cancelled": 130}.get(run.status, 1))
+
+
+@runs_app.command("cancel")
+def runs_cancel(id: str, state: State = None, json: Json = False) -> None:
+    """Cancel a queued run at once; a running one ends in order a little later."""
+    from data import runs
+    from data.database import transaction
+    from service.run_watch import OVER, run_json
+
+    with open_record(state) as db, transaction(db):
+        run = _find_run(db, id)
+        if run.status in OVER:
+            raise fail(f"{id} has ended already ({run.status}).")
+        run = runs.cancel(db, id, actor="cli")
+    asked = "is cancelled" if run.status in OVER else "is asked to stop"
+    typer.echo(jsonlib.dumps(run_json(run)) if json else f"{id} {asked}")
+
+
+def _find_run(db: "Database", id: str) -> Any:
+    from data import runs
+
+    try:
+        return runs.get(db, id)
+    except runs.UnknownRun:
+        raise fail(f"There is no run '{id}'. `nightshift runs list` shows them all.") from None
+
+
+def _figure(value: float | None) -> str:
+    return "" if value is None else f"{value:.4g}"
+
+
+# Policies
 
 
 @policies_app.command("list")

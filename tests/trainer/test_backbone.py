@@ -198,11 +198,27 @@ def test_an_adapter_read_back_is_the_one_that_was_written(tiny_backbone: MakeBac
         assert torch.equal(ours, read)
 
 
-def test_an_adapter_of_another_rank_is_refused(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+def test_an_adapter_of_a_lower_rank_and_another_alpha_does_the_same_under_ours(
+    tiny_backbone: MakeBackbone, answers: list[Answer], tmp_path: Path
+) -> None:
     backbone = tiny_backbone("policy")
     backbone.publish("policy", tmp_path)
-    other = Backbone(LlamaForCausalLM(backbone.base.config), rank=16)
-    with pytest.raises(ValueError, match="another rank than 16"):
+    torch.manual_seed(0)
+    larger = Backbone(LlamaForCausalLM(backbone.base.config).double(), rank=16, alpha=64)
+    larger.adapters.load("policy", tmp_path)
+    batch = collate(answers)
+    with torch.no_grad(), backbone.adapters.on("policy"), larger.adapters.on("policy"):
+        expected = backbone.logprobs(batch, temperature=1.0)
+        assert torch.allclose(larger.logprobs(batch, temperature=1.0), expected, atol=1e-10, rtol=0)
+    for layer in larger.adapters.layers.values():
+        assert (layer.lora_a["policy"].abs().sum(dim=1) > 0).all(), "ranks of zeros could never learn"
+
+
+def test_an_adapter_of_a_higher_rank_is_refused(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+    backbone = tiny_backbone("policy")
+    backbone.publish("policy", tmp_path)
+    other = Backbone(LlamaForCausalLM(backbone.base.config), rank=1)
+    with pytest.raises(ValueError, match="another rank than 1"):
         other.adapters.load("policy", tmp_path)
 
 

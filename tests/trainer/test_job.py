@@ -201,6 +201,29 @@ def test_a_candidate_is_held_against_the_policy_that_serves(
     assert second["candidate"]["judge_win_rate"] != third["candidate"]["judge_win_rate"]
 
 
+@pytest.mark.parametrize("rank", [16, 1])
+def test_the_rank_may_grow_but_not_shrink_below_what_serves(
+    settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch, rank: int
+) -> None:
+    monkeypatch.setattr(gate, "judge", passing)
+    job.once(settings, request={})
+    with transaction(db):
+        registry.set_serving(db, "policy-0001")
+    job.once(settings, request={})
+    run = job.once(changed(settings, rank=rank), request={})
+    assert run is not None
+    if rank == 1:
+        assert (run.status, runs.metrics(db, run.id)) == (RunStatus.FAILED, {}), "before any work is done"
+        assert re.match(
+            "policy-0001, which serves, .*another rank than 1.*: set training.rank to what", run.error or ""
+        )
+        return
+    same_rank, larger = (policy.metrics["candidate"] for policy in registry.list_policies(db)[-2:])
+    assert larger["incumbent_length"] == same_rank["incumbent_length"]
+    assert larger["incumbent_unfinished"] == same_rank["incumbent_unfinished"]
+    assert larger["length"] != same_rank["length"]
+
+
 def test_nothing_queued_is_no_run(settings: Settings) -> None:
     assert job.once(settings) is None
 

@@ -48,9 +48,9 @@ def insert(db: Database, comparison: Comparison) -> None:
     """Call inside the transaction that inserts its two completions."""
     c = comparison
     db.execute(
-        "INSERT INTO comparisons (id, key_id, a, b, kind, swapped, created_at, expires_at)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
-        (c.id, c.key_id, c.a, c.b, c.kind, int(c.swapped), c.created_at, c.expires_at),
+        "INSERT INTO comparisons (id, key_id, a, b, kind, swapped, created_at, expires_at, duel_id)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        (c.id, c.key_id, c.a, c.b, c.kind, int(c.swapped), c.created_at, c.expires_at, c.duel_id),
     )
 
 

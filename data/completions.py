@@ -2,11 +2,14 @@
 
 import hashlib
 import json
+from dataclasses import dataclass
+from datetime import datetime
 from typing import Any
 
 from sqlite_utils import Database
 
 from data import audit
+from data.ids import first_id
 from data.types import Completion, timestamp
 
 
@@ -48,6 +51,30 @@ def insert(db: Database, completion: Completion) -> None:
             c.created_at,
         ),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class Outcomes:
+    """How a policy's answers ended; those that the client did not wait for are left out."""
+
+    answers: int
+    failed: int
+    """The engine broke off."""
+    unfinished: int
+    """Cut off at the most tokens that they might have."""
+
+
+def outcomes(db: Database, policy: str, *, since: str | None = None, until: str | None = None, limit: int) -> Outcomes:
+    """Of the first `limit` answers since then; or, with `until`, of the last `limit` until then."""
+    start = first_id("cpl", datetime.fromisoformat(since)) if since else ""
+    end = first_id("cpl", datetime.fromisoformat(until)) if until else "cpl_~"
+    row = db.execute(
+        "SELECT count(*), coalesce(sum(status = 'failed'), 0), coalesce(sum(finish_reason = 'length'), 0) FROM"
+        " (SELECT status, finish_reason FROM completions WHERE policy = ? AND id >= ? AND id < ?"
+        f" AND status <> 'aborted' ORDER BY id {'DESC' if until else 'ASC'} LIMIT ?)",
+        (policy, start, end, limit),
+    ).fetchone()
+    return Outcomes(*row)
 
 
 def forget_user(db: Database, user: str, *, actor: str) -> int:

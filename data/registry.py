@@ -7,21 +7,26 @@ import shutil
 import struct
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from sqlite_utils import Database
 
 from data.database import transaction
 from data.types import BASE_POLICY, Policy, PolicyStatus, timestamp
 
-_COLUMNS = "name, parent, path, sha256, base_model, status, created_at, run_id, reward_model, metrics"
+_COLUMNS = "name, parent, path, sha256, base_model, status, created_at, run_id, reward_model, metrics, problem"
 
 
 class RegistryError(RuntimeError):
     """A policy that cannot be used; the message says why and what to do."""
 
 
+class UnknownPolicy(LookupError):
+    """No policy of that name."""
+
+
 def _policy(row: tuple[str, ...]) -> Policy:
-    name, parent, path, sha256, base_model, status, created_at, run_id, reward_model, metrics = row
+    name, parent, path, sha256, base_model, status, created_at, run_id, reward_model, metrics, problem = row
     return Policy(
         name,
         parent,
@@ -33,6 +38,7 @@ def _policy(row: tuple[str, ...]) -> Policy:
         run_id,
         reward_model,
         json.loads(metrics),
+        problem,
     )
 
 
@@ -40,19 +46,51 @@ def list_policies(db: Database) -> list[Policy]:
     return [_policy(row) for row in db.execute(f"SELECT {_COLUMNS} FROM policies ORDER BY name")]
 
 
+def get(db: Database, name: str) -> Policy:
+    """Raises UnknownPolicy."""
+    row = db.execute(f"SELECT {_COLUMNS} FROM policies WHERE name = ?", (name,)).fetchone()
+    if row is None:
+        raise UnknownPolicy(name)
+    return _policy(row)
+
+
 def serving(db: Database) -> Policy | None:
-    """The one policy that serves; before the first start, the promoted one that is to."""
+    """The one policy that serves; before the first start, the first promoted one, which is to."""
     row = db.execute(
         f"SELECT {_COLUMNS} FROM policies WHERE status IN ('serving', 'promoted')"
-        " ORDER BY status = 'serving' DESC, name DESC LIMIT 1"
+        " ORDER BY status = 'serving' DESC, name LIMIT 1"
     ).fetchone()
     return _policy(row) if row else None
 
 
-def set_serving(db: Database, name: str) -> None:
-    """Call inside a transaction, after every engine has confirmed `name`."""
-    db.execute("UPDATE policies SET status = 'retired' WHERE status = 'serving' AND name <> ?", (name,))
-    db.execute("UPDATE policies SET status = 'serving' WHERE name = ?", (name,))
+def set_serving(db: Database, name: str) -> str | None:
+    """Call inside a transaction, after every engine has confirmed `name`. Returns the policy that served before, which
+    is now retired, or rolled back where the new one is the older of the two."""
+    row = db.execute("SELECT name FROM policies WHERE status = 'serving' AND name <> ?", (name,)).fetchone()
+    if row is not None:
+        status = PolicyStatus.ROLLED_BACK if name < row[0] else PolicyStatus.RETIRED
+        set_status(db, row[0], status)
+    set_status(db, name, PolicyStatus.SERVING)
+    return row[0] if row else None
+
+
+def set_status(db: Database, name: str, status: PolicyStatus, *, problem: str | None = None) -> None:
+    """Call inside a transaction."""
+    db.execute("UPDATE policies SET status = ?, problem = ? WHERE name = ?", (status, problem, name))
+
+
+def note_problem(db: Database, name: str, problem: str) -> None:
+    """Say what keeps a policy from going further; its next status takes it away again. Call inside a transaction."""
+    db.execute("UPDATE policies SET problem = ? WHERE name = ?", (problem, name))
+
+
+def next_for_trial(db: Database) -> Policy | None:
+    """The latest candidate that passed the gate."""
+    row = db.execute(
+        f"SELECT {_COLUMNS} FROM policies WHERE status = 'candidate' AND json_extract(metrics, '$.gate.passed')"
+        " ORDER BY name DESC LIMIT 1"
+    ).fetchone()
+    return _policy(row) if row else None
 
 
 def folder_digest(folder: Path) -> str:
@@ -77,6 +115,36 @@ def checked_folder(state: Path, policy: Policy) -> Path:
         raise RegistryError(
             f"{folder} is not what was published as {policy.name} (its sha256 differs or files are missing)."
             " Restore the folder from a backup, or roll back to another policy."
+        )
+    return folder
+
+
+ADAPTER_FILES = ["adapter_config.json", "adapter_model.safetensors"]
+"""All that a served folder holds. vLLM would also load a pickle, which runs whatever code is in it."""
+
+
+def servable_folder(db: Database, state: Path, policy: Policy, *, max_rank: int) -> Path:
+    """`checked_folder`, and proof that it is an adapter that vLLM can load onto the model that runs: made for that
+    model, LoRA, of rank `max_rank` at most, and without pickles. Raises RegistryError."""
+    folder = checked_folder(state, policy)
+    if policy.base_model != get(db, BASE_POLICY).base_model:
+        raise RegistryError(f"{policy.name} was trained on another base model than the one that runs: it does not fit.")
+    files = sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+    if files != ADAPTER_FILES:
+        raise RegistryError(
+            f"{folder} must hold {' and '.join(ADAPTER_FILES)} and nothing else, and has"
+            f" {', '.join(files) or 'no file'}: {policy.name} will not be loaded."
+        )
+    try:
+        config = json.loads((folder / "adapter_config.json").read_text())
+        kind, rank = config["peft_type"], int(config["r"])
+    except (ValueError, LookupError, TypeError):
+        raise RegistryError(f"{folder / 'adapter_config.json'} is no adapter's: {policy.name} has no rank.") from None
+    if kind != "LORA":
+        raise RegistryError(f"{policy.name} is an adapter of the kind {kind}, and only LORA is served.")
+    if rank > max_rank:
+        raise RegistryError(
+            f"{policy.name} has rank {rank}, and the engine takes {max_rank}: raise engine.max_lora_rank and restart."
         )
     return folder
 
@@ -139,7 +207,7 @@ def insert(db: Database, policy: Policy) -> None:
     """Make a published folder known. Call inside a transaction, after `publish_folder`."""
     p = policy
     db.execute(
-        f"INSERT INTO policies ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
+        f"INSERT INTO policies ({_COLUMNS}) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)",
         (
             p.name,
             p.parent,
@@ -151,8 +219,41 @@ def insert(db: Database, policy: Policy) -> None:
             p.run_id,
             p.reward_model,
             json.dumps(p.metrics),
+            p.problem,
         ),
     )
+
+
+def lineage(db: Database, name: str) -> dict[str, Any]:
+    """Where a policy comes from: {"policy", "parent", "run", "reward_model", "votes"}, each vote with what it was when
+    the run learned from it, its comparison, and who wrote the two answers. Raises UnknownPolicy."""
+    rows = list(
+        db.query(
+            "SELECT policies.name, policies.parent, runs.id AS run, runs.requested_by, runs.ended_at,"
+            " reward_models.id AS reward_model, reward_models.metrics AS reward_metrics, run_votes.vote_id AS vote,"
+            " run_votes.choice, split, weight, votes.key_id AS voter, comparison_id AS comparison, kind,"
+            " duel_id AS duel, first.policy AS policy_a, second.policy AS policy_b, comparisons.created_at AS shown_at"
+            " FROM policies"
+            " LEFT JOIN runs ON runs.id = policies.run_id"
+            " LEFT JOIN reward_models ON reward_models.id = policies.reward_model"
+            " LEFT JOIN run_votes ON run_votes.run_id = runs.id LEFT JOIN votes ON votes.id = vote_id"
+            " LEFT JOIN comparisons ON comparisons.id = comparison_id"
+            " LEFT JOIN completions AS first ON first.id = a LEFT JOIN completions AS second ON second.id = b"
+            " WHERE policies.name = ? ORDER BY vote_id",
+            (name,),
+        )
+    )
+    if not rows:
+        raise UnknownPolicy(name)
+    of = rows[0]
+    of_vote = ["vote", "choice", "split", "weight", "voter", "comparison", "kind", "duel", "policy_a", "policy_b"]
+    return {
+        "policy": of["name"],
+        "parent": of["parent"],
+        "run": of["run"] and {name: of[name] for name in ("requested_by", "ended_at")} | {"id": of["run"]},
+        "reward_model": of["reward_model"] and {"id": of["reward_model"], "report": json.loads(of["reward_metrics"])},
+        "votes": [{name: row[name] for name in (*of_vote, "shown_at")} for row in rows if row["vote"] is not None],
+    }
 
 
 def next_name(db: Database) -> str:

@@ -279,6 +279,7 @@ def m0005_swap_without_a_seam(db: Database) -> None:
             problem TEXT
         ) STRICT;
         CREATE INDEX swaps_by_policy ON swaps (policy, requested_at);
+        ALTER TABLE policies ADD COLUMN problem TEXT;
 
         CREATE INDEX votes_by_time ON votes (created_at);
         """,

@@ -65,6 +65,25 @@ class PolicyStatus(StrEnum):
     ROLLED_BACK = "rolled_back"
 
 
+class DuelKind(StrEnum):
+    TRIAL = "trial"
+    """A candidate against the policy that serves: may it take its place?"""
+    WATCH = "watch"
+    """The predecessor against the policy that took its place: must it come back?"""
+
+
+class DuelStatus(StrEnum):
+    """How a duel stands, seen from the challenger."""
+
+    RUNNING = "running"
+    WON = "won"
+    LOST = "lost"
+    UNDECIDED = "undecided"
+    """Nobody had won when the votes were used up."""
+    ENDED = "ended"
+    """Broken off: something else made it pointless."""
+
+
 class RunStatus(StrEnum):
     QUEUED = "queued"
     RUNNING = "running"
@@ -123,6 +142,8 @@ class Comparison:
     """Whether the answer drawn second is shown as `a`: with it position bias can be measured."""
     created_at: str
     expires_at: str
+    duel_id: str | None = None
+    """The duel that it is a part of: its answers come from the two policies of that."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -156,6 +177,63 @@ class Policy:
     run_id: str | None = None
     reward_model: str | None = None
     metrics: dict[str, Any] = field(default_factory=dict)
+    problem: str | None = None
+    """What keeps it from going further, or why it was turned away."""
+
+    @property
+    def gate(self) -> dict[str, Any] | None:
+        """What the trainer's checks found, {"passed", "checks": [{"name", "figure", "threshold", "passed",
+        "sentence"}, ...]}; None where it never met them."""
+        return self.metrics.get("gate")
+
+
+@dataclass(frozen=True, slots=True)
+class Duel:
+    """Two policies that answer the same people side by side, and the votes on that."""
+
+    id: str
+    kind: DuelKind
+    challenger: str
+    incumbent: str
+    """The policy that serves while it runs."""
+    threshold: float
+    """Evidence at which the challenger has won."""
+    budget: int
+    """Votes after which it ends."""
+    status: DuelStatus
+    wins: int
+    """Decisive votes for the challenger."""
+    losses: int
+    ties: int
+    e_value: float
+    e_mirrored: float
+    """Evidence that the incumbent is the better one."""
+    rate_low: float
+    rate_high: float
+    reason: str | None
+    """Why it ended."""
+    started_at: str
+    ended_at: str | None
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """One change of the policy that serves: asked for, made, and the old one gone from the engines."""
+
+    id: str
+    policy: str
+    replaced: str | None
+    """The policy that served before; None at the first start, and until `flipped_at`."""
+    actor: str
+    """A key's id, `cli`, or which part of the service decided."""
+    reason: str
+    requested_at: str
+    flipped_at: str | None
+    """When new requests began to take it."""
+    drained_at: str | None
+    """When every engine had let `replaced` go."""
+    problem: str | None
+    """What keeps it from being made, or kept it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -1,4 +1,4 @@
-"""What operators do: keys, policies, figures, exports, forgetting."""
+"""What operators do: keys, figures, exports, forgetting."""
 
 import asyncio
 import logging
@@ -11,7 +11,7 @@ from fastapi import APIRouter, Request
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, ConfigDict, Field
 
-from data import comparisons, completions, keys, registry, stats
+from data import comparisons, completions, keys, stats
 from data.database import connect, empty_wal
 from data.types import Feedback, Key, Role
 from service.auth import needs
@@ -62,17 +62,6 @@ def _key_json(key: Key) -> dict[str, Any]:
         "label": key.label,
         "created_at": key.created_at,
         "revoked_at": key.revoked_at,
-    }
-
-
-@router.get("/v1/policies")
-async def list_policies(request: Request, operator: Operator) -> dict[str, Any]:
-    policies = registry.list_policies(state_of(request).reader)
-    return {
-        "object": "list",
-        "data": [
-            {"name": p.name, "parent": p.parent, "status": p.status, "created_at": p.created_at} for p in policies
-        ],
     }
 
 

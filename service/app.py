@@ -1,26 +1,26 @@
 """Wiring only: settings in, an ASGI app out."""
 
-import asyncio
 import gc
 import logging
 import random
 import time
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Annotated, Any
 
 from fastapi import FastAPI, Request, Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from data import registry
+from data import registry, swaps
 from data.database import Writer, connect
 from data.settings import Settings, load_settings
-from data.types import Key, Policy, PolicyStatus, Role
-from service import admin, chat, comparisons, errors, runs, schedules, web
+from data.types import Key, Policy, Role
+from service import admin, chat, comparisons, errors, policies, runs, schedules, web
 from service.auth import needs
 from service.engine import Engines
 from service.errors import ApiError, not_ready
+from service.hot_swap import HotSwap
 from service.metrics import Metrics
 from service.state import State, state_of
 
@@ -34,9 +34,11 @@ def create_app(settings: Settings | None = None, *, rng: random.Random | None = 
         state = _open_state(settings, metrics, rng or random.SystemRandom())
         app.state.nightshift = state
         await state.engines.start()
+        state.hot_swap.start()
         try:
             yield
         finally:
+            await state.hot_swap.close()
             await state.engines.close()
             state.writer.close()
             state.reader.close()
@@ -44,7 +46,7 @@ def create_app(settings: Settings | None = None, *, rng: random.Random | None = 
     metrics = Metrics()
     app = FastAPI(title="Nightshift", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
-    for part in (chat, comparisons, admin, web, runs, schedules):
+    for part in (chat, comparisons, policies, admin, web, runs, schedules):
         app.include_router(part.router)
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_api_route("/healthz", healthz, methods=["GET"])
@@ -60,21 +62,18 @@ def _open_state(settings: Settings, metrics: Metrics, rng: random.Random) -> Sta
     writer = Writer(settings.database)
 
     def wanted() -> list[Policy]:
-        policy = registry.serving(reader)
-        if policy is None:
+        policies = swaps.wanted(reader)
+        if not policies:
             raise RuntimeError(f"{settings.database} holds no policy to serve: start with `nightshift up`")
-        return [policy]
+        return policies
 
     def folder_of(policy: Policy) -> Path:
-        return registry.checked_folder(settings.state, policy)
+        with closing(connect(settings.database)) as db:  # in another thread: it reads the whole folder
+            return registry.servable_folder(db, settings.state, policy, max_rank=settings.engine.max_lora_rank)
 
-    async def confirmed() -> None:
-        policy = registry.serving(reader)
-        if policy is not None and policy.status is PolicyStatus.PROMOTED:
-            await asyncio.wrap_future(writer.submit(lambda db: registry.set_serving(db, policy.name)))
-
-    engines = Engines(settings.engine, wanted, folder_of, confirmed)
-    return State(settings, reader, writer, engines, metrics, rng)
+    engines = Engines(settings.engine, home=(settings.state / "policies").resolve(), wanted=wanted, folder_of=folder_of)
+    hot_swap = HotSwap(settings, reader, writer, engines, metrics)
+    return State(settings, reader, writer, engines, hot_swap, metrics, rng)
 
 
 async def list_models(request: Request, key: Annotated[Key, needs(Role.USER)]) -> dict[str, Any]:
@@ -103,6 +102,12 @@ async def metrics_text(request: Request) -> Response:
     for engine in state.engines.engines:
         state.metrics.engine_ready.labels(engine.url).set(engine.ready)
         state.metrics.engine_in_flight.labels(engine.url).set(engine.in_flight)
+    state.metrics.serving.clear()
+    if state.engines.serving:
+        state.metrics.serving.labels(state.engines.serving).set(1)
+    state.metrics.duel_e_value.clear()
+    if duel := state.hot_swap.duel:
+        state.metrics.duel_e_value.labels(duel.kind, duel.challenger, duel.incumbent).set(duel.e_value)
     return Response(state.metrics.text(), media_type="text/plain; version=0.0.4")
 
 

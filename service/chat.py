@@ -18,6 +18,7 @@ from data.types import (
     Comparison,
     Completion,
     CompletionStatus,
+    DuelKind,
     Feedback,
     Key,
     Role,
@@ -192,7 +193,10 @@ def _plan(state: State, body: ChatRequest, key: Key, user: str, serving: str) ->
     shown, turns = comparisons.shown_lately(state.reader, user, cooldown=settings.cooldown_turns)
     if not pairing.wants_pair(feedback, settings, shown_today=shown, turns_since=turns, rng=state.rng):
         return None
-    return pairing.plan_pair(serving, seed=body.seed, rng=state.rng)
+    duel = state.hot_swap.duel_beside(serving)
+    gate = state.settings.gate
+    share = gate.duel_share if duel and duel.kind is DuelKind.TRIAL else gate.watch_share
+    return pairing.plan_pair(serving, seed=body.seed, rng=state.rng, duel=duel, share=share)
 
 
 # One answer
@@ -322,6 +326,7 @@ async def _log_pair(call: _Call, pair: list[_Answer]) -> dict[str, str] | None:
         swapped=call.plan.swapped,
         created_at=timestamp(),
         expires_at=timestamp(plus_s=call.state.settings.comparisons.expires_after_s),
+        duel_id=call.plan.duel_id,
     )
     rows = [row for answer in pair for row in _rows(call, answer)]
 
@@ -354,7 +359,7 @@ def _begin(call: _Call, policy: str, **more_sampling: Any) -> _Answer:
 async def _complete(call: _Call, answer: _Answer) -> _EngineAnswer:
     """The engine's whole answer to one request that does not stream."""
     try:
-        async with call.state.engines.chat(answer.request) as upstream:
+        async with call.state.engines.chat(answer.policy, answer.request) as upstream:
             whole = _EngineAnswer.model_validate_json(await upstream.read())
     except ValidationError as error:
         answer.status = CompletionStatus.FAILED
@@ -382,7 +387,7 @@ async def _forward(call: _Call, answer: _Answer, rewrite: sse.Rewriter, send: ss
     """Send one upstream stream on, chunk by chunk, up to its end."""
     answer.read = rewrite.transcripts
     try:
-        async with call.state.engines.chat(answer.request) as upstream:
+        async with call.state.engines.chat(answer.policy, answer.request) as upstream:
             async for events in sse.read_events(upstream):
                 chunk = rewrite(events)
                 if chunk:

@@ -5,8 +5,9 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 
-from data import comparisons, gold
-from data.types import Choice, Key, Role
+from data import comparisons, duels, gold, swaps
+from data.types import Choice, Duel, DuelStatus, Key, Role
+from service import trial
 from service.auth import needs
 from service.errors import ApiError
 from service.state import state_of
@@ -29,14 +30,24 @@ async def cast_vote(
     window_s = state.settings.comparisons.vote_window_s
     given: dict[str, Any] = {"key_id": key.id, "choice": body.choice, "comment": body.comment, "window_s": window_s}
 
-    def vote(db: Any) -> comparisons.CastVote:
+    def judge(duel: Duel, wins: int, losses: int, ties: int) -> tuple[trial.Standing, DuelStatus]:
+        alpha = state.settings.gate.alpha
+        standing = trial.standing(wins, losses, ties, alpha=alpha)
+        verdict = trial.verdict(standing, threshold=duel.threshold, reject_at=1 / alpha, budget=duel.budget)
+        return standing, DuelStatus.RUNNING if verdict is trial.Verdict.GO_ON else DuelStatus(verdict)
+
+    def vote(db: Any) -> tuple[comparisons.CastVote, Duel | None]:
         try:
-            return comparisons.vote(db, id, role=key.role, **given)
+            cast = comparisons.vote(db, id, role=key.role, **given)
         except comparisons.UnknownComparison:
-            return gold.vote(db, id, **given)
+            return gold.vote(db, id, **given), None
+        duel = duels.record_vote(db, id, judge)
+        if duel is not None:
+            swaps.settle(db, duel)
+        return cast, duel
 
     try:
-        cast = await state.write(vote)
+        cast, duel = await state.write(vote)
     except comparisons.UnknownComparison:
         raise ApiError(
             404,
@@ -56,6 +67,8 @@ async def cast_vote(
             f"You voted '{final}' on this comparison, and a vote can be changed only within {window_s:g} s.",
             code="vote_is_final",
         ) from None
+    if duel is not None:
+        state.hot_swap.kick()
     state.metrics.votes.labels(cast.vote.choice).inc()
     return {
         "id": cast.vote.id,

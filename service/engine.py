@@ -4,7 +4,9 @@ vLLM is spoken to over HTTP only. Nothing of it is reachable through us but what
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+import re
+from collections import Counter
+from collections.abc import AsyncIterator, Callable, Iterable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -26,12 +28,21 @@ MISSED_CHECKS = 3
 """Health checks in a row that a busy engine may let time out before it counts as gone."""
 
 
+LORA_INFO = re.compile(r"^vllm:lora_requests_info\{([^}]*)\} (\S+)$", re.MULTILINE)
+"""A line of vLLM's /metrics: the adapters that had requests at a time, and that time."""
+ADAPTERS = re.compile(r'(?:running|waiting)_lora_adapters="([^"]*)"')
+
+
 class EngineProblem(Exception):
     """Why an engine cannot answer yet, in words for anybody; `raw`, the engine's own or a path, is for the operator."""
 
     def __init__(self, message: str, raw: str) -> None:
         super().__init__(message)
         self.raw = raw
+
+
+class PolicyRefused(EngineProblem):
+    """A healthy engine does not take a policy: trying again would change nothing."""
 
 
 UNREADABLE = (RuntimeError, LookupError, ValueError, OSError, sqlite3.Error)
@@ -48,6 +59,12 @@ class Engine:
     """What it waits for or lacks. /readyz shows it to anybody: no path, no address, no word of vLLM's own."""
     logged: str = ""
     """What the operator was told of it last."""
+    held: dict[str, str] = field(default_factory=dict)
+    """The policies that it held when we last looked, by name, each with the folder it is from."""
+    warm: set[str] = field(default_factory=set)
+    """Those of them that have answered once."""
+    giving: asyncio.Lock = field(default_factory=asyncio.Lock)
+    """Held while a policy is loaded and warmed."""
     in_flight: int = 0
     context_length: int | None = None
     """Tokens of prompt and answer together."""
@@ -60,32 +77,35 @@ class Engine:
         if self.ready or why != self.logged:
             log.warning("%s gets no traffic: %s", self.url, why)
         self.logged = why
+        self.warm.clear()
         self.ready, self.problem = False, f"{problem}; the log says why" if raw else problem
         self.wake.set()
 
 
 class Engines:
-    """All engines. An engine gets traffic only while it holds every wanted policy and has answered a warm-up."""
+    """All engines. An engine gets traffic only while it holds the serving policy and has answered a warm-up."""
 
     def __init__(
         self,
         settings: EngineSettings,
+        *,
+        home: Path,
         wanted: Callable[[], list[Policy]],
         folder_of: Callable[[Policy], Path],
-        confirmed: Callable[[], Awaitable[None]],
     ) -> None:
-        """`wanted()` is asked at every look for the policies that every engine must hold, the serving one first, and
-        `folder_of(policy)`, in another thread, for the checked folder of one that is to be loaded; both may raise
-        RuntimeError with a message for the operator. `confirmed()` is called when every engine has loaded and
-        warmed all of them."""
+        """`home` is the folder that all policies lie in. `wanted()` is asked at every look for the policies that an
+        engine must hold before it gets traffic, the serving one first, and `folder_of(policy)`, in another thread, for
+        the checked folder of one that is to be loaded; both may raise RuntimeError with a message for the operator."""
         self.engines = [Engine(url.rstrip("/")) for url in settings.urls]
         self.serving = ""
         """The policy that new requests take, by name: the first of those wanted, once an engine that is ready holds it.
         Asking the record at every request is dear: each answer written makes a reader read its pages anew."""
+        self.running: Counter[str] = Counter()
+        """Requests under way, by policy."""
         self._settings = settings
+        self._home = home
         self._wanted = wanted
         self._folder_of = folder_of
-        self._confirmed = confirmed
         self._watchers: list[asyncio.Task[None]] = []
 
     async def start(self) -> None:
@@ -117,16 +137,37 @@ class Engines:
         """The shortest context of the engines that are ready, tokens."""
         return min((e.context_length for e in self.engines if e.ready and e.context_length), default=None)
 
+    def follow(self) -> None:
+        """Point new requests at the policy that is to serve, once an engine in traffic holds it."""
+        name = self._wanted()[0].name
+        if name == self.serving:
+            return
+        ready = [engine for engine in self.engines if engine.ready]
+        if any(name in engine.held for engine in ready):
+            log.info("New requests take %s", name)
+            self.serving = name
+        for engine in ready:
+            if name not in engine.held:
+                engine.wake.set()
+
+    def all_hold(self, name: str) -> bool:
+        """Whether every engine in traffic holds this policy."""
+        return all(name in engine.held for engine in self.engines if engine.ready)
+
     @asynccontextmanager
-    async def chat(self, request: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
-        """Send one chat request, a body of JSON, to the least busy engine; its response, not yet read, has status 200.
+    async def chat(self, policy: str, request: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+        """Send one chat request, a body of JSON that names `policy`, to the least busy engine that holds it; its
+        response, not yet read, has status 200.
 
         Closing early stops the generation. Raises ApiError."""
         while True:
-            engine = min((e for e in self.engines if e.ready), key=lambda e: e.in_flight, default=None)
+            ready = [engine for engine in self.engines if engine.ready]
+            holding = [engine for engine in ready if policy in engine.held]
+            engine = min(holding or ready, key=lambda e: e.in_flight, default=None)
             if engine is None:
                 raise not_ready()
             engine.in_flight += 1
+            self.running[policy] += 1
             try:
                 try:
                     response = await self._http.post(
@@ -143,7 +184,12 @@ class Engines:
                     raise engine_failed(type(error).__name__) from error
                 try:
                     if response.status == 404:
-                        engine.lost("it lost a policy", (await response.text())[:500])
+                        said = (await response.text())[:500]
+                        if policy != self.serving:  # it left service, and nothing of it was running here
+                            engine.held.pop(policy, None)
+                            engine.wake.set()
+                            raise engine_failed(f"it has let {policy} go")
+                        engine.lost("it lost a policy", said)
                         continue
                     if response.status != 200:
                         engine.wake.set()  # look at it soon, whatever it was
@@ -157,6 +203,7 @@ class Engines:
                 return
             finally:
                 engine.in_flight -= 1
+                self.running[policy] -= 1
 
     async def _watch(self, engine: Engine) -> None:
         while True:
@@ -186,44 +233,74 @@ class Engines:
 
     async def _bring_up(self, engine: Engine) -> None:
         """Check health; load what is missing; warm up; only then let traffic in."""
+        # Asked before the engine is: what came to serve by now was loaded before the engine says what it holds.
+        serving, *others = self._wanted()
         async with self._http.get(f"{engine.url}/health", timeout=HEALTH_TIMEOUT) as response:
             if response.status != 200:
                 raise EngineProblem("it is not healthy", f"/health answers {response.status}")
+        await self._look_at(engine)
+        if engine.ready and serving.name in engine.held:
+            self.follow()
+            return
+        engine.ready = False
+        engine.warm.clear()
+        await self._give(engine, serving, await asyncio.to_thread(self._folder_of, serving))
+        for policy in others:
+            try:
+                await self._give(engine, policy, await asyncio.to_thread(self._folder_of, policy))
+            except (EngineProblem, *UNREADABLE) as error:  # people need not wait for what only duels need
+                log.warning("%s goes without %s: %s", engine.url, policy.name, error)
+        if self._wanted()[0].name not in engine.held:
+            engine.wake.set()  # another policy came to serve in the meantime
+            return
+        engine.ready, engine.problem, engine.logged = True, "", ""
+        self.follow()
+        log.info("%s is ready with %s", engine.url, ", ".join(sorted(engine.held)))
+
+    async def _look_at(self, engine: Engine) -> None:
+        """Ask an engine what it holds."""
         async with self._http.get(f"{engine.url}/v1/models", timeout=HEALTH_TIMEOUT) as response:
             if response.status != 200:
                 raw = f"/v1/models answers {response.status}. Is engine.api_key right?"
                 raise EngineProblem("it does not say what it holds", raw)
             try:
-                held = {model["id"]: model for model in (await response.json())["data"]}
-            except (aiohttp.ContentTypeError, ValueError, LookupError, TypeError):
+                models = {model["id"]: model for model in (await response.json())["data"]}
+                lengths = [model.get("max_model_len") for model in models.values()]
+                engine.context_length = min((length for length in lengths if length), default=None)
+                engine.held = {name: str(model.get("root")) for name, model in models.items()}
+                engine.warm &= engine.held.keys()
+            except (aiohttp.ContentTypeError, ValueError, LookupError, TypeError, AttributeError):
                 raise EngineProblem("it does not answer as vLLM does", "/v1/models. Is this URL right?") from None
-        wanted = self._wanted()
-        if engine.ready and all(policy.name in held for policy in wanted):
-            self.serving = wanted[0].name
-            return
-        engine.ready = False
-        for policy in wanted:
-            folder = await asyncio.to_thread(self._folder_of, policy)
-            if policy.name not in held:
+
+    async def _give(self, engine: Engine, policy: Policy, folder: Path) -> None:
+        """Load a policy where it is missing, and have it answer once. Traffic may go on meanwhile."""
+        async with engine.giving:
+            if policy.name not in engine.held:
                 await self._load(engine, policy.name, folder)
-            elif (root := held[policy.name].get("root")) != str(folder):
-                raise EngineProblem(f"it holds another {policy.name}", f"it is from {root}. Restart that server")
-            await self._warm(engine, policy.name)
-        lengths = (model.get("max_model_len") for model in held.values())
-        engine.context_length = min((length for length in lengths if length), default=None)
-        engine.ready, engine.problem, engine.logged = True, "", ""
-        self.serving = wanted[0].name
-        if all(other.ready for other in self.engines):
-            await self._confirmed()
-        log.info("%s is ready with %s", engine.url, ", ".join(policy.name for policy in wanted))
+            elif engine.held[policy.name] != str(folder):
+                raw = f"it is from {engine.held[policy.name]}. Restart that server"
+                raise EngineProblem(f"it holds another {policy.name}", raw)
+            if policy.name not in engine.warm:
+                await self._warm(engine, policy.name)
+                engine.warm.add(policy.name)
 
     async def _load(self, engine: Engine, name: str, folder: Path) -> None:
         engine.problem = f"loading {name}"
         request = {"lora_name": name, "lora_path": str(folder)}
         url = f"{engine.url}/v1/load_lora_adapter"
         async with self._http.post(url, json=request, timeout=LOAD_TIMEOUT) as response:
-            if response.status != 200:
-                raise EngineProblem(f"it refused {name}", (await response.text())[:500])
+            status, said = response.status, (await response.text())[:500]
+        if status == 200:
+            engine.held[name] = str(folder)
+            return
+        await self._look_at(engine)
+        if engine.held.get(name) == str(folder):
+            return  # another process of ours was first
+        async with self._http.get(f"{engine.url}/health", timeout=HEALTH_TIMEOUT) as response:
+            healthy = response.status == 200
+        if status == 404:
+            raise EngineProblem(f"it does not find {name}", f"{said} It must see {folder.parent} under this path")
+        raise (PolicyRefused if healthy else EngineProblem)(f"it refused {name}", said)
 
     async def _warm(self, engine: Engine, name: str) -> None:
         # The first request after a start can take half a minute; nobody should wait for it.
@@ -233,6 +310,74 @@ class Engines:
         async with self._http.post(url, json=request, timeout=LOAD_TIMEOUT) as response:
             if response.status != 200:
                 raise EngineProblem(f"the warm-up of {name} failed", (await response.text())[:500])
+
+    # Beside running traffic: what a swap is made of
+
+    async def load(self, policy: Policy, engines: Iterable[Engine]) -> None:
+        """Load and warm a policy on all of these engines, or on none: where one fails it is taken from the others.
+
+        Raises PolicyRefused, EngineProblem, RegistryError, OSError."""
+        folder = await asyncio.to_thread(self._folder_of, policy)
+        engines = list(engines)
+        new: list[Engine] = []
+
+        async def load_on(engine: Engine) -> None:
+            await self._look_at(engine)
+            if policy.name not in engine.held:
+                new.append(engine)
+            await self._give(engine, policy, folder)
+
+        results = await asyncio.gather(*(load_on(engine) for engine in engines), return_exceptions=True)
+        failed = [(e, error) for e, error in zip(engines, results, strict=True) if isinstance(error, BaseException)]
+        if not failed:
+            return
+        await asyncio.gather(*(self._unload(engine, policy.name) for engine in new), return_exceptions=True)
+        for _, error in failed:
+            if not isinstance(error, EngineProblem | aiohttp.ClientError | TimeoutError):
+                raise error
+        # One refusal settles it, whatever else went wrong.
+        engine, error = min(failed, key=lambda pair: not isinstance(pair[1], PolicyRefused))
+        number = self.engines.index(engine) + 1
+        if isinstance(error, EngineProblem):
+            raise type(error)(f"engine {number}: {error}", error.raw) from error
+        why = f"engine {number} does not answer"
+        raise EngineProblem(why, f"{engine.url}: {error or type(error).__name__}") from error
+
+    async def busy_with(self, name: str) -> bool:
+        """Whether a request of this policy still runs or waits, ours or another process's."""
+        if self.running[name]:
+            return True
+        answers = await asyncio.gather(*(self._in_use(e) for e in self.engines if e.ready and name in e.held))
+        return any(name in names for names in answers)
+
+    async def _in_use(self, engine: Engine) -> set[str]:
+        """The adapters that vLLM has requests of now. It keeps a line for every mix of adapters that ever was, each
+        with the time at which it last held; the newest is now."""
+        try:
+            async with self._http.get(f"{engine.url}/metrics", timeout=HEALTH_TIMEOUT) as response:
+                lines = LORA_INFO.findall(await response.text())
+        except (aiohttp.ClientError, TimeoutError) as error:
+            raise EngineProblem("it does not say what runs", str(error) or type(error).__name__) from error
+        newest = max(lines, key=lambda line: float(line[1]), default=("", "0"))[0]
+        return {name for names in ADAPTERS.findall(newest) for name in names.split(",") if name}
+
+    def held(self) -> set[str]:
+        """The policies of ours that any engine in traffic held when we last looked."""
+        ready = [engine for engine in self.engines if engine.ready]
+        return {name for e in ready for name, root in e.held.items() if Path(root).parent == self._home}
+
+    async def unload(self, name: str) -> None:
+        """Have every engine in traffic forget a policy; another is asked when it is back. Raises EngineProblem."""
+        holding = [engine for engine in self.engines if engine.ready and name in engine.held]
+        await asyncio.gather(*(self._unload(engine, name) for engine in holding))
+
+    async def _unload(self, engine: Engine, name: str) -> None:
+        url = f"{engine.url}/v1/unload_lora_adapter"
+        with suppress(aiohttp.ClientError, TimeoutError):
+            async with self._http.post(url, json={"lora_name": name}, timeout=HEALTH_TIMEOUT) as response:
+                if response.status not in (200, 404):
+                    raise EngineProblem(f"it does not let {name} go", (await response.text())[:500])
+            engine.held.pop(name, None)
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> ApiError:

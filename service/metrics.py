@@ -36,6 +36,16 @@ class Metrics:
         self.engine_in_flight = Gauge(
             "nightshift_engine_in_flight", "Requests running on the engine.", ["engine"], registry=self.registry
         )
+        self.serving = Gauge(
+            "nightshift_serving_policy", "1 for the policy that new requests take.", ["policy"], registry=self.registry
+        )
+        self.swaps = Counter("nightshift_swaps", "Swaps that this process made.", registry=self.registry)
+        self.duel_e_value = Gauge(
+            "nightshift_duel_e_value",
+            "Evidence that the challenger of the duel that runs is better than the policy that serves.",
+            ["kind", "challenger", "incumbent"],
+            registry=self.registry,
+        )
 
     def text(self) -> bytes:
         return generate_latest(self.registry)

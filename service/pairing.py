@@ -4,7 +4,7 @@ import random
 from dataclasses import dataclass
 
 from data.settings import ComparisonSettings
-from data.types import ComparisonKind, Feedback
+from data.types import ComparisonKind, Duel, Feedback
 
 
 @dataclass(frozen=True, slots=True)
@@ -16,6 +16,7 @@ class PairPlan:
     seeds: tuple[int, int]
     swapped: bool
     """Whether the answer drawn second is the one shown at index 0."""
+    duel_id: str | None = None
 
 
 def wants_pair(
@@ -39,15 +40,21 @@ def wants_pair(
     return rng.random() < settings.rate
 
 
-def plan_pair(serving: str, *, seed: int | None, rng: random.Random) -> PairPlan:
-    """Two independent draws from the serving policy, on random sides.
+def plan_pair(
+    serving: str, *, seed: int | None, rng: random.Random, duel: Duel | None = None, share: float = 0.0
+) -> PairPlan:
+    """Two independent draws, on random sides: both from the serving policy or, in a `share` of all cases while a
+    `duel` runs, the second from its challenger.
 
     `seed` is the user's own: with it both draws can be repeated, whichever side they are shown on."""
     draws = random.Random(seed) if seed is not None else rng
     first, second = draws.sample(range(2**31), 2)
     swapped = rng.random() < 0.5
     seeds = (second, first) if swapped else (first, second)
-    return PairPlan(ComparisonKind.SAME_POLICY, (serving, serving), seeds, swapped)
+    if duel is None or rng.random() >= share:
+        return PairPlan(ComparisonKind.SAME_POLICY, (serving, serving), seeds, swapped)
+    policies = (duel.challenger, serving) if swapped else (serving, duel.challenger)
+    return PairPlan(ComparisonKind.TRIAL, policies, seeds, swapped, duel.id)
 
 
 def same_text(a: str, b: str) -> bool:

@@ -16,6 +16,7 @@ from data.database import Writer
 from data.settings import Settings
 from service.engine import Engines
 from service.errors import storage_unavailable
+from service.hot_swap import HotSwap
 from service.metrics import Metrics
 
 log = logging.getLogger("nightshift")
@@ -32,6 +33,7 @@ class State:
     """For the event loop only."""
     writer: Writer
     engines: Engines
+    hot_swap: HotSwap
     metrics: Metrics
     rng: random.Random
 

@@ -6,9 +6,11 @@ import os
 import random
 import shutil
 import struct
+import time
+from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +33,8 @@ from data.types import (
     CompletionStatus,
     Feedback,
     Key,
+    Policy,
+    PolicyStatus,
     Role,
     timestamp,
 )
@@ -100,16 +104,22 @@ class FakeEngine:
         self.warm_ups: list[Received] = []
         self.loads: list[dict[str, Any]] = []
         self.events: list[str] = []
-        """What happened, in order: "load policy-0000", "warm policy-0000", "chat policy-0000"."""
+        """What happened, in order: "load policy-0000", "warm policy-0000", "chat policy-0000", "unload policy-0000"."""
         self.answer: Callable[[dict[str, Any]], Reply | Refusal] = lambda body: Reply()
         self.go_on = asyncio.Event()
         self.health = 200
         self.models: Callable[[], web.Response] | None = None
         self.refuses_load: Refusal | None = None
+        self.load_gate: asyncio.Event | None = None
+        """Loads wait for it."""
+        self.dies_at_load = False
         self.refuses_warm_up: Refusal | None = None
         self.warm_up_gate: asyncio.Event | None = None
         self.max_model_len = 4096
         self._runner: web.AppRunner | None = None
+        self._running: Counter[str] = Counter()
+        self._mixes: dict[str, float] = {}
+        """The mixes of adapters that ever ran together, each with the time when it last did."""
 
     @property
     def url(self) -> str:
@@ -120,6 +130,7 @@ class FakeEngine:
         app = web.Application()
         app.router.add_get("/health", self._health)
         app.router.add_get("/v1/models", self._models)
+        app.router.add_get("/metrics", self._metrics)
         app.router.add_post("/v1/load_lora_adapter", self._load)
         app.router.add_post("/v1/unload_lora_adapter", self._unload)
         app.router.add_post("/v1/chat/completions", self._chat)
@@ -154,6 +165,12 @@ class FakeEngine:
         wanted = await request.json()
         name = wanted["lora_name"]
         self.loads.append(wanted)
+        if self.load_gate is not None:
+            await self.load_gate.wait()
+        if self.dies_at_load:
+            _break(request)
+            asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.stop()))
+            return web.Response()
         if self.refuses_load is not None:
             return _error(self.refuses_load, "InvalidUserInput")
         if name in self.adapters:
@@ -166,7 +183,19 @@ class FakeEngine:
         name = (await request.json())["lora_name"]
         if self.adapters.pop(name, None) is None:
             return _error(Refusal(404, f"The lora adapter '{name}' cannot be found."), "NotFoundError")
+        self.events.append(f"unload {name}")
         return web.Response(text=f"Success: LoRA adapter '{name}' removed successfully.")
+
+    def _run(self, name: str, requests: int) -> None:
+        self._running[name] += requests
+        self._mixes[",".join(sorted(+self._running))] = time.time()
+
+    async def _metrics(self, request: web.Request) -> web.Response:
+        lines = [
+            f'vllm:lora_requests_info{{max_lora="3",running_lora_adapters="{mix}",waiting_lora_adapters=""}} {at!r}'
+            for mix, at in self._mixes.items()
+        ]
+        return web.Response(text="\n".join(["# TYPE vllm:lora_requests_info gauge", *lines, ""]))
 
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
@@ -181,12 +210,14 @@ class FakeEngine:
         reply = (self.refuses_warm_up or Reply()) if warm_up else self.answer(body)
         if isinstance(reply, Refusal):
             return _error(reply, "BadRequestError")
+        self._run(body["model"], 1)
         try:
             return await (self._stream if body.get("stream") else self._whole)(request, body, reply)
         except (asyncio.CancelledError, ConnectionError):
             received.cut_off = True
             raise
         finally:
+            self._run(body["model"], -1)
             received.finished = not received.cut_off
 
     async def _whole(self, request: web.Request, body: dict[str, Any], reply: Reply) -> web.StreamResponse:
@@ -431,6 +462,39 @@ def make_key(db: Database) -> MakeKey:
     return make
 
 
+AddPolicy = Callable[..., str]
+
+
+@pytest.fixture
+def add_policy(db: Database, settings: Settings) -> AddPolicy:
+    """Publish the next policy, an adapter that changes nothing, and make it known; its name.
+
+    `change(folder)` alters what is published; `run_id` and `metrics` are those of its row."""
+
+    def add(
+        status: PolicyStatus = PolicyStatus.CANDIDATE,
+        *,
+        gate: bool | None = True,
+        change: Callable[[Path], object] = lambda folder: None,
+        **fields: Any,
+    ) -> str:
+        def write(folder: Path) -> None:
+            registry.write_identity_adapter(Path(settings.model), folder)
+            change(folder)
+
+        name = registry.next_name(db)
+        base = registry.get(db, BASE_POLICY)
+        path, sha256 = registry.publish_folder(settings.state, name, write)
+        check = {"name": "kl", "figure": 3.0, "threshold": 15.0, "passed": gate, "sentence": "KL is 3 nats."}
+        metrics = {} if gate is None else {"gate": {"passed": gate, "checks": [check]}}
+        policy = Policy(name, BASE_POLICY, path, sha256, base.base_model, status, timestamp(), metrics=metrics)
+        with transaction(db):
+            registry.insert(db, replace(policy, **fields))
+        return name
+
+    return add
+
+
 AddPair = Callable[..., str]
 
 
@@ -448,6 +512,7 @@ def add_pair(db: Database) -> AddPair:
         kind: ComparisonKind = ComparisonKind.SAME_POLICY,
         age_s: float = 0.0,
         expires_after_s: float = 3600.0,
+        duel_id: str | None = None,
     ) -> str:
         messages = messages or [{"role": "user", "content": "Hello"}]
         user = user or key_id
@@ -475,7 +540,7 @@ def add_pair(db: Database) -> AddPair:
                 completions.insert(db, row)
                 ids.append(row.id)
             expires_at = timestamp(plus_s=expires_after_s - age_s)
-            comparison = Comparison(new_id("cmp"), key_id, ids[0], ids[1], kind, False, at, expires_at)
+            comparison = Comparison(new_id("cmp"), key_id, ids[0], ids[1], kind, False, at, expires_at, duel_id)
             comparisons.insert(db, comparison)
         return comparison.id
 
@@ -617,8 +682,8 @@ OpenHouse = Callable[..., Awaitable[House]]
 async def open_house(settings: Settings) -> AsyncIterator[OpenHouse]:
     """Serve the API in front of the engines given, on a real socket, until the test ends.
 
-    `server`, `chat`, `comparisons` and `engine` change settings of those sections; `seed` makes chance repeatable;
-    `ready=False` does not wait for /readyz."""
+    `server`, `chat`, `comparisons`, `engine` and `gate` change settings of those sections; `seed` makes chance
+    repeatable; `ready=False` does not wait for /readyz."""
     async with AsyncExitStack() as stack:
 
         async def open_(*engines: FakeEngine, ready: bool = True, seed: int = 0, **sections: dict[str, Any]) -> House:

@@ -247,8 +247,8 @@ async def test_a_client_that_leaves_while_a_failed_pair_is_put_away_takes_nothin
     chat, closing = house.state.engines.chat, asyncio.Event()
 
     @asynccontextmanager
-    async def slow_to_close(request: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
-        async with chat(request) as response:
+    async def slow_to_close(policy: str, request: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+        async with chat(policy, request) as response:
             try:
                 yield response
             finally:

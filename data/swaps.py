@@ -1,0 +1,193 @@
+"""Which policy serves, and how that came about.
+
+Somebody decides that a policy is to serve (`promote`, `roll_back`, or a duel's verdict through `settle`): it becomes
+`promoted`, with a row that says who and why. The service loads it on every engine, and then `flip` makes it the one
+that serves. What happens between the two may be lost in a crash: the row is still there, and the work begins again."""
+
+from sqlite_utils import Database
+
+from data import audit, duels, registry
+from data.ids import new_id
+from data.types import Duel, DuelKind, DuelStatus, Policy, PolicyStatus, Swap, timestamp
+
+_COLUMNS = "id, policy, replaced, actor, reason, requested_at, flipped_at, drained_at, problem"
+
+
+class CannotPromote(Exception):
+    """A policy that cannot be made to serve; the message says why."""
+
+
+class Superseded(Exception):
+    """Something else is to serve by now."""
+
+
+def promote(db: Database, name: str, *, actor: str, reason: str) -> Swap:
+    """Decide that `name` is to serve. A duel that runs is broken off: whatever it was about has changed.
+
+    Call inside a transaction. Raises UnknownPolicy, CannotPromote."""
+    policy = registry.get(db, name)
+    if policy.status is PolicyStatus.SERVING:
+        raise CannotPromote(f"{name} serves already.")
+    if policy.gate is not None and not policy.gate["passed"]:
+        failed = " ".join(check["sentence"] for check in policy.gate["checks"] if not check["passed"])
+        raise CannotPromote(f"{name} did not pass the gate: {failed}")
+    if policy.status is PolicyStatus.PROMOTED:
+        return _open(db, name, actor, reason)
+    break_off(db, reason=f"{name} is to serve ({reason})")
+    registry.set_status(db, name, PolicyStatus.PROMOTED)
+    audit.record(db, actor=actor, action="policy.promote", subject=name)
+    return _insert(db, name, actor, reason)
+
+
+def roll_back(db: Database, *, actor: str, reason: str) -> Swap:
+    """Decide that the predecessor of the policy that serves is to serve again. Call inside a transaction. Raises
+    CannotPromote."""
+    return promote(db, predecessor(db), actor=actor, reason=reason)
+
+
+def predecessor(db: Database) -> str:
+    """The policy that the one that serves took the place of, when it first did. Raises CannotPromote."""
+    serving = registry.serving(db)
+    if serving is None or serving.status is not PolicyStatus.SERVING:
+        raise CannotPromote("Nothing serves yet: there is nothing to go back from.")
+    row = db.execute(
+        # Going back from policy-0002 to policy-0001 made it replace policy-0002: the way back from there leads on.
+        "SELECT replaced FROM swaps WHERE policy = ? AND flipped_at IS NOT NULL AND replaced < policy"
+        " ORDER BY flipped_at DESC LIMIT 1",
+        (serving.name,),
+    ).fetchone()
+    if row is None:
+        raise CannotPromote(f"{serving.name} took no other policy's place: there is nothing to go back to.")
+    name: str = row[0]
+    return name
+
+
+def settle(db: Database, duel: Duel) -> None:
+    """Do what follows from a duel's end, where it has ended. Call inside the transaction that may have ended it."""
+    if duel.status is DuelStatus.RUNNING:
+        return
+    if duel.status is DuelStatus.WON:
+        what = "Its trial was won" if duel.kind is DuelKind.TRIAL else f"People prefer it to {duel.incumbent}"
+        promote(db, duel.challenger, actor=duel.kind, reason=f"{what}: {duel.reason}")
+    elif duel.kind is DuelKind.TRIAL:
+        how = "lost" if duel.status is DuelStatus.LOST else "did not win"
+        problem = f"It {how} its trial against {duel.incumbent}: {duel.reason}"
+        registry.set_status(db, duel.challenger, PolicyStatus.REJECTED, problem=problem)
+
+
+def break_off(db: Database, *, reason: str) -> None:
+    """End the duel that runs, if one does; a candidate on trial goes back to wait for the next. Call inside a
+    transaction."""
+    duel = duels.end_running(db, reason=reason)
+    if duel is not None and duel.kind is DuelKind.TRIAL:
+        registry.set_status(db, duel.challenger, PolicyStatus.CANDIDATE)
+
+
+_PENDING = (
+    " FROM policies LEFT JOIN (SELECT policy, max(requested_at) AS requested FROM swaps WHERE flipped_at IS NULL"
+    " GROUP BY policy) ON policy = name WHERE status = 'promoted'"
+)
+
+
+def pending(db: Database) -> str | None:
+    """The policy that is to serve and does not yet: the last one that somebody asked for, before one that the trainer
+    promoted; at the first start, the first one."""
+    serving = registry.serving(db)
+    if serving is not None and serving.status is PolicyStatus.PROMOTED:
+        return serving.name
+    row = db.execute(f"SELECT name {_PENDING} ORDER BY requested DESC NULLS LAST, name DESC LIMIT 1").fetchone()
+    return row[0] if row else None
+
+
+def begin(db: Database, name: str) -> Swap:
+    """The row of a pending swap, made now where the policy came promoted. Call inside a transaction."""
+    policy = registry.get(db, name)
+    if policy.run_id is None:
+        return _open(db, name, "start", "the first start")
+    return _open(db, name, "trainer", "it passed the gate, and gate.mode is offline")
+
+
+def _open(db: Database, name: str, actor: str, reason: str) -> Swap:
+    row = db.execute(
+        f"SELECT {_COLUMNS} FROM swaps WHERE policy = ? AND flipped_at IS NULL ORDER BY requested_at DESC LIMIT 1",
+        (name,),
+    ).fetchone()
+    return Swap(*row) if row else _insert(db, name, actor, reason)
+
+
+def _insert(db: Database, name: str, actor: str, reason: str) -> Swap:
+    swap = Swap(new_id("swap"), name, None, actor, reason, timestamp(), None, None, None)
+    db.execute(
+        "INSERT INTO swaps (id, policy, actor, reason, requested_at) VALUES (?, ?, ?, ?, ?)",
+        (swap.id, name, actor, reason, swap.requested_at),
+    )
+    return swap
+
+
+def note_problem(db: Database, name: str, problem: str) -> None:
+    """Say what keeps a policy from going further, and its swap, where it has one, from being made. Call inside a
+    transaction."""
+    registry.note_problem(db, name, problem)
+    db.execute("UPDATE swaps SET problem = ? WHERE policy = ? AND flipped_at IS NULL", (problem, name))
+
+
+def refuse(db: Database, name: str, problem: str) -> None:
+    """Give a policy up that cannot be served. Call inside a transaction."""
+    note_problem(db, name, problem)
+    registry.set_status(db, name, PolicyStatus.REJECTED, problem=problem)
+
+
+def wanted(db: Database) -> list[Policy]:
+    """The policies that every engine must hold: the one that serves, then the other one of the duel that runs; none
+    before there is one to serve."""
+    serving, duel = registry.serving(db), duels.running(db)
+    if serving is None:
+        return []
+    others = {duel.challenger, duel.incumbent} - {serving.name} if duel else set()
+    return [serving, *(registry.get(db, name) for name in sorted(others))]
+
+
+def flip(db: Database, swap: Swap) -> str | None:
+    """Make the policy serve that every engine holds now; the one that it replaced. Call inside a transaction. Raises
+    Superseded."""
+    if pending(db) != swap.policy:
+        raise Superseded(swap.policy)
+    break_off(db, reason=f"{swap.policy} serves")
+    replaced = registry.set_serving(db, swap.policy)
+    db.execute(
+        "UPDATE swaps SET flipped_at = ?, replaced = ?, problem = NULL WHERE id = ?", (timestamp(), replaced, swap.id)
+    )
+    if replaced is None:
+        return None
+    overtaken = f"{swap.policy} was promoted after it"
+    for name, requested in db.execute(f"SELECT name, requested {_PENDING}").fetchall():
+        if requested is not None or name < swap.policy:
+            registry.set_status(db, name, PolicyStatus.RETIRED, problem=overtaken)
+            db.execute("UPDATE swaps SET problem = ? WHERE policy = ? AND flipped_at IS NULL", (overtaken, name))
+    return replaced
+
+
+def drained(db: Database, name: str) -> None:
+    """Every engine has let `name` go. Call inside a transaction."""
+    db.execute(
+        "UPDATE swaps SET drained_at = ? WHERE replaced = ? AND flipped_at IS NOT NULL AND drained_at IS NULL",
+        (timestamp(), name),
+    )
+
+
+def list_swaps(db: Database, *, policy: str | None = None, limit: int = 50) -> list[Swap]:
+    """The latest first; with `policy`, those that brought it in or took it out."""
+    rows = db.execute(
+        f"SELECT {_COLUMNS} FROM swaps WHERE :policy IS NULL OR :policy IN (policy, replaced)"
+        " ORDER BY id DESC LIMIT :limit",
+        {"policy": policy, "limit": limit},
+    )
+    return [Swap(*row) for row in rows]
+
+
+def latest(db: Database) -> Swap | None:
+    """The swap that brought in what serves."""
+    row = db.execute(
+        f"SELECT {_COLUMNS} FROM swaps WHERE flipped_at IS NOT NULL ORDER BY flipped_at DESC, id DESC LIMIT 1"
+    ).fetchone()
+    return Swap(*row) if row else None

@@ -1,0 +1,357 @@
+"""The hot swap: a new policy comes into service while people chat, and goes out again when it disappoints.
+
+vLLM serves any number of LoRA adapters over one base model, each under a name of its own, and every request names the
+one that it wants. So a swap needs no restart, and no request ever notices it:
+
+    load     give the new adapter to every engine beside running traffic, and have it answer once, so that nobody waits
+             for a first time. Where one engine fails, the others give it back, and nothing else has happened.
+    flip     one transaction makes it the policy that serves; then new requests name it. Running ones end on the policy
+             they began with, and their answers say so.
+    drain    wait until no request of the old policy runs on any engine, then have the engines forget it. A name is
+             never used again: vLLM's prefix cache knows adapters by name.
+
+What is to serve stands in the record (`data.swaps`), never only here: a crash at any line leaves either a policy that
+is still `promoted`, so that the next start loads and flips it, or one that serves already.
+
+Before it serves, a candidate stands a trial: it is loaded beside the policy that serves, and people vote on pairs of
+answers from both. After the flip the predecessor stays loaded and is asked now and then, and comes back when people
+prefer it, or when more answers fail or stay without an end than before.
+
+Every API process follows the record (`_follow`); one of them, the holder of a lease, changes it (`_advance`, `_tidy`).
+"""
+
+import asyncio
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from contextlib import closing, suppress
+from dataclasses import dataclass
+from functools import partial
+from typing import TypeVar
+
+from pysqlite3 import dbapi2 as sqlite3
+from sqlite_utils import Database
+
+from data import completions, duels, leases, registry, swaps
+from data.completions import Outcomes
+from data.database import Writer, connect
+from data.registry import RegistryError
+from data.settings import Settings
+from data.swaps import CannotPromote, Superseded
+from data.types import Duel, DuelKind, Policy, PolicyStatus, Swap
+from service import trial
+from service.engine import UNREADABLE, EngineProblem, Engines, PolicyRefused
+from service.metrics import Metrics
+
+log = logging.getLogger("nightshift.swap")
+
+T = TypeVar("T")
+
+LOOK_S = 0.25
+"""Between looks at the record: how soon a change that another process wrote is seen."""
+LEASE_S = 6.0
+BEAT_S = 1.5
+LONGEST_PAUSE_S = 15.0
+"""Between two tries to load a policy."""
+BEFORE_ANSWERS = 200
+"""Of the predecessor, the last ones, that a new policy's answers are held against."""
+AFTER_ANSWERS = 1000
+"""Of a new policy, the first ones, that are."""
+
+
+class LostLease(Exception):
+    """Another process swaps now."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Task:
+    """A policy to be loaded, and what for."""
+
+    policy: str
+    to_serve: bool
+    """Else it goes on trial."""
+
+
+@dataclass(slots=True)
+class _Pause:
+    """Before something that failed is tried again."""
+
+    seconds: float
+    until: float = 0.0
+
+
+class HotSwap:
+    """One per app. `duel` and the engines' pointer are as the record says, at most LOOK_S later."""
+
+    def __init__(self, settings: Settings, reader: Database, writer: Writer, engines: Engines, metrics: Metrics):
+        self.duel: Duel | None = None
+        """The duel that runs."""
+        self._settings = settings
+        self._reader = reader
+        self._writer = writer
+        self._engines = engines
+        self._metrics = metrics
+        self._holder = f"{os.getpid()}-{secrets.token_hex(8)}"
+        self._leads = False
+        self._wake = asyncio.Event()
+        self._loops: list[asyncio.Task[None]] = []
+        self._task: _Task | None = None
+        self._work: asyncio.Task[None] | None = None
+        self._pauses: dict[_Task, _Pause] = {}
+        self._unwanted: dict[str, float] = {}
+        """Policies that the engines hold and nobody wants, each with the time (monotonic) since when."""
+        self._settled = ""
+        """The swap whose policy has given all the answers that were to be held against its predecessor's."""
+        self._logged = ""
+
+    def start(self) -> None:
+        loops = (self._keep_lease, self._follow, self._tidy)
+        self._loops = [asyncio.create_task(loop()) for loop in loops]
+
+    async def close(self) -> None:
+        tasks = [*self._loops, *([self._work] if self._work else [])]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        with suppress(sqlite3.Error):
+            await self._write(lambda db: leases.release(db, "swap", self._holder))
+
+    def kick(self) -> None:
+        """Look at the record now: something in it has changed."""
+        self._wake.set()
+
+    def duel_beside(self, serving: str) -> Duel | None:
+        """The running duel against the policy that new requests take, if all engines in traffic hold its challenger."""
+        duel = self.duel
+        if duel is not None and duel.incumbent == serving and self._engines.all_hold(duel.challenger):
+            return duel
+        return None
+
+    # Every process
+
+    async def _keep_lease(self) -> None:
+        while True:
+            led = self._leads
+            try:
+                self._leads = await self._write(lambda db: leases.acquire(db, "swap", self._holder, for_s=LEASE_S))
+            except sqlite3.Error as error:
+                self._leads = False
+                log.warning("The lease of the swap cannot be renewed: %s", error)
+            if self._leads and not led:
+                self.kick()
+            await asyncio.sleep(BEAT_S)
+
+    async def _follow(self) -> None:
+        """Keep the duel and the pointer as the record has them, and set to work what it asks for."""
+        while True:
+            self._wake.clear()
+            try:
+                self.duel = duels.running(self._reader)
+                self._engines.follow()
+                self._set_to_work(self._next_task() if self._leads else None)
+            except UNREADABLE as error:
+                self._tell(f"The record cannot be followed: {error}")
+            with suppress(TimeoutError):
+                await asyncio.wait_for(self._wake.wait(), LOOK_S)
+
+    def _next_task(self) -> _Task | None:
+        """What the record asks for: a promoted policy is to serve, or else a candidate is to go on trial."""
+        name = swaps.pending(self._reader)
+        if name is not None:
+            return _Task(name, to_serve=True)
+        serving = registry.serving(self._reader)
+        trial_runs = self.duel is not None and self.duel.kind is DuelKind.TRIAL
+        if self._settings.gate.mode != "trial" or trial_runs or serving is None:
+            return None
+        candidate = registry.next_for_trial(self._reader)
+        return _Task(candidate.name, to_serve=False) if candidate else None
+
+    def _set_to_work(self, task: _Task | None) -> None:
+        if self._work is not None and (self._work.done() or task != self._task):
+            self._work.cancel()  # what is to serve now must not wait for what was
+            self._work = None
+        if self._work is not None:
+            return
+        self._task = task
+        if task is None:
+            self._pauses.clear()
+            return
+        pause = self._pauses.setdefault(task, _Pause(self._settings.engine.poll_s))
+        if time.monotonic() >= pause.until:
+            pause.until = time.monotonic() + pause.seconds
+            pause.seconds = min(2 * pause.seconds, LONGEST_PAUSE_S)
+            self._work = asyncio.create_task(self._advance(task))
+
+    # The holder of the lease: load, and then flip or begin a trial
+
+    async def _advance(self, task: _Task) -> None:
+        try:
+            policy = registry.get(self._reader, task.policy)
+            if task.to_serve:
+                swap = await self._write(lambda db: swaps.begin(db, policy.name))
+                await self._swap(policy, swap)
+            else:
+                await self._begin_trial(policy)
+        except (Superseded, LostLease):
+            pass  # the next look says what is to be done instead
+        except (PolicyRefused, RegistryError) as error:
+            problem = _words(error)
+            self._tell(f"{task.policy} cannot be served: {problem}")
+            await self._write(lambda db: swaps.refuse(db, task.policy, problem))
+        except (EngineProblem, *UNREADABLE) as error:
+            problem = _words(error)
+            self._tell(f"{task.policy} cannot be loaded yet: {problem}")
+            if problem != policy.problem:
+                await self._write(lambda db: swaps.note_problem(db, task.policy, problem))
+
+    async def _swap(self, policy: Policy, swap: Swap) -> None:
+        began = time.monotonic()
+        before = registry.serving(self._reader)
+        onward = before is not None and policy.name > before.name
+        # The way back does not wait for an engine that is away: it gets what serves before it gets traffic.
+        needed = [engine for engine in self._engines.engines if engine.ready or onward]
+        if not needed:
+            raise EngineProblem("no engine is ready", "the log of the engines says why")
+        await self._engines.load(policy, needed)
+
+        gate = self._settings.gate
+
+        def flip(db: Database) -> str | None:
+            self._check_lease(db)
+            replaced = swaps.flip(db, swap)
+            if replaced is not None and replaced < policy.name and gate.watch_share > 0:
+                duels.begin(
+                    db, DuelKind.WATCH, challenger=replaced, incumbent=policy.name,
+                    threshold=1 / gate.alpha, budget=gate.max_watch_votes,
+                )  # fmt: skip
+            return replaced
+
+        replaced = await self._write(flip)
+        self._engines.follow()
+        self.duel = duels.running(self._reader)
+        self._metrics.swaps.inc()
+        seconds = time.monotonic() - began
+        log.info("%s serves in place of %s after %.2f s: %s", policy.name, replaced or "none", seconds, swap.reason)
+
+    async def _begin_trial(self, candidate: Policy) -> None:
+        incumbent = registry.serving(self._reader)
+        if incumbent is None or incumbent.status is not PolicyStatus.SERVING:
+            raise Superseded(candidate.name)
+        await self._engines.load(candidate, self._engines.engines)
+
+        gate = self._settings.gate
+
+        def begin(db: Database) -> Duel:
+            self._check_lease(db)
+            now = registry.serving(db)
+            latest = registry.next_for_trial(db)
+            if now is None or now.name != incumbent.name or latest is None or latest.name != candidate.name:
+                raise Superseded(candidate.name)
+            swaps.break_off(db, reason=f"the trial of {candidate.name} begins")
+            registry.set_status(db, candidate.name, PolicyStatus.TRIAL)
+            while older := registry.next_for_trial(db):
+                problem = f"{candidate.name} came before its trial could begin"
+                registry.set_status(db, older.name, PolicyStatus.REJECTED, problem=problem)
+            # Every further trial against the same policy needs twice the evidence: over any number of them the chance
+            # of promoting one that is no better stays below alpha (1 + 1/2 + 1/4 + …).
+            threshold = 2.0 ** duels.trials_since_last_swap(db) / gate.alpha
+            return duels.begin(
+                db, DuelKind.TRIAL, challenger=candidate.name, incumbent=incumbent.name,
+                threshold=threshold, budget=gate.max_trial_votes,
+            )  # fmt: skip
+
+        self.duel = await self._write(begin)
+        log.info("%s is on trial against %s", candidate.name, incumbent.name)
+
+    # The holder of the lease: drain, and look after a new policy
+
+    async def _tidy(self) -> None:
+        while True:
+            await asyncio.sleep(self._settings.engine.poll_s)
+            if not self._leads:
+                continue
+            try:
+                await self._drain()
+                await self._compare_with_predecessor()
+            except (EngineProblem, CannotPromote, LostLease, *UNREADABLE) as error:
+                self._tell(f"What follows a swap cannot be done yet: {_words(error)}")
+
+    async def _drain(self) -> None:
+        """Unload what no engine needs any more."""
+        now, poll_s = time.monotonic(), self._settings.engine.poll_s
+        kept = {policy.name for policy in swaps.wanted(self._reader)} | {swaps.pending(self._reader)}
+        if self._task is not None:
+            kept.add(self._task.policy)
+        unwanted = self._engines.held() - kept
+        self._unwanted = {name: self._unwanted.get(name, now) for name in unwanted}
+        for name, since in self._unwanted.items():
+            # Other processes find out at their next look, and may have sent requests until then.
+            if now - since < 2 * poll_s + 2 * LOOK_S:
+                continue
+            if now - since < self._settings.chat.timeout_s and await self._engines.busy_with(name):
+                continue
+            await self._engines.unload(name)
+            await self._write(partial(swaps.drained, name=name))
+            log.info("%s has left the engines", name)
+
+    async def _compare_with_predecessor(self) -> None:
+        """Go back by ourselves where more answers fail, or stay without an end, than under the predecessor."""
+        swap = swaps.latest(self._reader)
+        if swap is None or swap.replaced is None or swap.replaced > swap.policy or swap.id == self._settled:
+            return
+        if swaps.pending(self._reader) is not None:
+            return
+        before, after = await asyncio.to_thread(self._outcomes, swap)
+        figures = {
+            "failed": ((before.failed, before.answers), (after.failed, after.answers)),
+            "were cut off at their most tokens": (
+                (before.unfinished, before.answers - before.failed),
+                (after.unfinished, after.answers - after.failed),
+            ),
+        }
+        for what, (was, is_now) in figures.items():
+            if trial.jumped(was, is_now):
+                reason = (
+                    f"{is_now[0]} of {is_now[1]} answers of {swap.policy} {what}, and {was[0]} of {was[1]} of"
+                    f" {swap.replaced}'s"
+                )
+                log.error("Going back to %s: %s", swap.replaced, reason)
+                await self._write(partial(self._go_back, swap=swap, reason=reason))
+                self.kick()
+                return
+        if after.answers >= AFTER_ANSWERS:
+            self._settled = swap.id
+
+    def _outcomes(self, swap: Swap) -> tuple[Outcomes, Outcomes]:
+        """How the predecessor's last and the new policy's first answers ended; it reads many rows."""
+        assert swap.replaced is not None
+        with closing(connect(self._settings.database)) as db:
+            before = completions.outcomes(db, swap.replaced, until=swap.flipped_at, limit=BEFORE_ANSWERS)
+            return before, completions.outcomes(db, swap.policy, since=swap.flipped_at, limit=AFTER_ANSWERS)
+
+    def _go_back(self, db: Database, swap: Swap, reason: str) -> None:
+        self._check_lease(db)
+        if swaps.latest(db) == swap and swaps.pending(db) is None:
+            swaps.roll_back(db, actor="watch", reason=reason)
+
+    # What they share
+
+    def _check_lease(self, db: Database) -> None:
+        """Inside the transaction that must not happen twice."""
+        if not leases.acquire(db, "swap", self._holder, for_s=LEASE_S):
+            raise LostLease("another process swaps now")
+
+    async def _write(self, work: Callable[[Database], T]) -> T:
+        return await asyncio.wrap_future(self._writer.submit(work))
+
+    def _tell(self, problem: str) -> None:
+        """Log what goes wrong, once for as long as it does."""
+        if problem != self._logged:
+            log.warning("%s", problem)
+        self._logged = problem
+
+
+def _words(error: Exception) -> str:
+    return f"{error}: {error.raw}" if isinstance(error, EngineProblem) else str(error) or type(error).__name__

@@ -182,6 +182,7 @@ def main() -> None:
     parser.add_argument("--reward", type=json.loads, default={}, help="fields of RewardConfig, as JSON")
     arguments = parser.parse_args()
     votes = arguments.votes or (1000 if arguments.quick else 4000)
+    torch.set_flush_denormal(True)  # as `python -m trainer` does
     bench = Bench(seed=arguments.seed, bf16=not arguments.float32, model=arguments.model)
     figures = bench.run(
         votes, 500, arguments.trusted_weight, replace(PPO, seed=arguments.seed, **arguments.ppo),

@@ -91,6 +91,7 @@ def _pairs(rows: list[list[list[int]]]) -> list[Pair]:
 def main() -> None:
     task = json.loads(Path(sys.argv[1]).read_text())
     be_a_guest(Settings(training=TrainingSettings(nice=0)))
+    torch.set_flush_denormal(True)  # as `python -m trainer` does
     torch.set_num_threads(task["threads"])
     print(json.dumps({"reward": reward, "ppo": ppo}[task["kind"]](task)))
 

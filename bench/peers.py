@@ -18,7 +18,8 @@ Where the reward models differ: TRL's reads the last token. Where PPO differs, b
 value model is trained in full (ours is an adapter), it does not
 clip gradients, it draws its prompts without replacement (we draw with), and policy and value share one loss with
 `vf_coef` .1, its default. Where we differ: our processes start as `python -m trainer` does, with glibc told to keep
-freed memory. "bf16" is our default, matrix products in bfloat16; everything else in that lane is the same.
+freed memory, and torch to take denormal numbers for 0. "bf16" is our default, matrix products in bfloat16; everything
+else in that lane is the same.
 
 Gold is the programmatic preference of `bench.learning`, in logits of a vote: the mean over held-out prompts.
 

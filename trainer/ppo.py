@@ -129,6 +129,8 @@ def learn(
         # 2. Stop where the policy has gone too far.
         figures = _figures(episodes)
         if step == 0 and figures["score_std"] == 0:
+            if figures["finished"] == 0:
+                raise CannotLearn("no answer ended before it was cut off: raise training.max_answer_tokens")
             raise CannotLearn("the reward is the same for every answer: collect more votes")
         if figures["kl"] > config.kl_budget:
             backbone.adapters.set_state("policy", within_budget)

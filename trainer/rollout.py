@@ -106,7 +106,7 @@ class LocalSampler:
         answers: list[Answer | None] = [None] * len(queries)
         # Queries of like length together: less padding.
         order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
-        with torch.no_grad(), self._backbone.adapters.on(self._adapter):
+        with self._backbone.adapters.merged(self._adapter):
             for start in range(0, len(order), self._rows):
                 rows = order[start : start + self._rows]
                 sampled = self._sample([queries[i] for i in rows], [seeds[i] for i in rows])

@@ -222,6 +222,21 @@ def test_an_adapter_of_a_higher_rank_is_refused(tiny_backbone: MakeBackbone, tmp
         other.adapters.load("policy", tmp_path)
 
 
+def test_a_merged_adapter_is_the_same_model_and_leaves_no_trace(
+    tiny_backbone: MakeBackbone, answers: list[Answer]
+) -> None:
+    backbone = tiny_backbone("policy", "value")
+    batch = collate(answers)
+    with torch.no_grad(), backbone.adapters.on("policy"):
+        apart = backbone.logprobs(batch, temperature=1.0)
+    with backbone.adapters.merged("policy"):
+        assert torch.allclose(backbone.logprobs(batch, temperature=1.0), apart, atol=1e-10, rtol=0)
+    with torch.no_grad(), backbone.adapters.on("value"):
+        assert not torch.allclose(backbone.logprobs(batch, temperature=1.0), apart, atol=1e-4, rtol=0)
+    with torch.no_grad(), backbone.adapters.on("policy"):
+        assert torch.equal(backbone.logprobs(batch, temperature=1.0), apart)
+
+
 def test_products_in_bfloat16_stay_close_to_float32(tiny_backbone: MakeBackbone, answers: list[Answer]) -> None:
     exact = tiny_backbone().base.float()
     model = LlamaForCausalLM(exact.config)

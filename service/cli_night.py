@@ -2,17 +2,19 @@
 
 import json as jsonlib
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.console import Json, State, fail, open_record, print_rows
+from service.console import Json, State, fail, open_record, print_rows, read_settings
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
+
+    from data.types import Policy, Swap
 
 schedule_app = typer.Typer(help="When runs begin by themselves.", no_args_is_help=True)
 runs_app = typer.Typer(help="Training runs. `nightshift train` starts one.", no_args_is_help=True)
@@ -22,6 +24,11 @@ Cron = Annotated[str | None, typer.Option(help="Minute, hour, day, month, weekda
 TimeZone = Annotated[str | None, typer.Option(help="Of the cron expression, e.g. Europe/Berlin. [default: UTC]")]
 Every = Annotated[str | None, typer.Option(help="An interval: 90s, 30m, 6h or 1d.")]
 Votes = Annotated[str | None, typer.Option(help="After so many new votes.")]
+Reason = Annotated[str, typer.Option(help="Kept beside the swap.")]
+
+ASKED_FOR = "an operator asked for it"
+SERVES_WITHIN_S = 30.0
+"""How long `promote` and `rollback` wait for the engines."""
 
 
 # Schedules
@@ -280,5 +287,111 @@ def policies_list(state: State = None, json: Json = False) -> None:
 
     with open_record(state) as db:
         rows = [asdict(policy) for policy in registry.list_policies(db)]
-    columns = ["name", "parent", "status", "created_at"]
+    columns = ["name", "parent", "status", "created_at", "problem"]
     print_rows(rows, json=json, columns=columns, empty="No policies yet: start with `nightshift up`.")
+
+
+@policies_app.command("show")
+def policies_show(
+    name: str,
+    lineage: Annotated[bool, typer.Option("--lineage", help="Its run, reward model, votes and comparisons.")] = False,
+    state: State = None,
+    json: Json = False,
+) -> None:
+    """One version: what the gate found, its duels, and when it served."""
+    from dataclasses import asdict
+
+    from data import duels, registry, swaps
+
+    with open_record(state) as db:
+        policy = _find_policy(db, name)
+        fought = [asdict(duel) for duel in duels.list_duels(db, policy=name)]
+        swapped = [asdict(swap) for swap in swaps.list_swaps(db, policy=name)]
+        origin = registry.lineage(db, name) if lineage else None
+    if json:
+        more = {"duels": fought, "swaps": swapped} | ({"lineage": origin} if origin else {})
+        typer.echo(jsonlib.dumps(asdict(policy) | more))
+        return
+    typer.echo(f"{name} is {policy.status}" + (f": {policy.problem}" if policy.problem else ""))
+    if policy.gate is None:
+        typer.echo("It never met the gate.")
+    else:
+        typer.echo(f"The gate {'let it through' if policy.gate['passed'] else 'turned it away'}:")
+        for check in policy.gate["checks"]:
+            color = None if check["passed"] else "red"
+            typer.secho(f"  {'ok ' if check['passed'] else 'BAD'} {check['name']}: {check['sentence']}", fg=color)
+    for duel in fought:
+        typer.echo(
+            f"The {duel['kind']} of {duel['challenger']} against {duel['incumbent']} is {duel['status']}:"
+            f" {duel['wins']} wins, {duel['losses']} losses, {duel['ties']} ties; E = {duel['e_value']:.3g} of {duel['threshold']:g},"
+            f" mirrored {duel['e_mirrored']:.3g}; it wins {duel['rate_low']:.0%} to {duel['rate_high']:.0%}"
+        )
+    for swap in swapped:
+        when = f"at {swap['flipped_at']}" if swap["flipped_at"] else f"not yet ({swap['problem'] or 'it is loading'})"
+        typer.echo(f"{swap['policy']} for {swap['replaced'] or 'none'}, {when}: {swap['reason']} ({swap['actor']})")
+    if origin is not None:
+        run, reward_model = origin["run"] or {}, origin["reward_model"] or {}
+        typer.echo(f"parent: {origin['parent']}\nrun: {run.get('id')}\nreward model: {reward_model.get('id')}")
+        columns = ["vote", "choice", "split", "weight", "comparison", "kind", "policy_a", "policy_b"]
+        print_rows(origin["votes"], json=False, columns=columns, empty="It learned from no votes.")
+
+
+@policies_app.command("promote")
+def policies_promote(name: str, reason: Reason = ASKED_FOR, state: State = None, json: Json = False) -> None:
+    """Let a version serve."""
+    from data import swaps
+
+    with open_record(state) as db:
+        _find_policy(db, name)
+        _serve(db, name, lambda: swaps.promote(db, name, actor="cli", reason=reason), state=state, json=json)
+
+
+@policies_app.command("rollback")
+def policies_rollback(reason: Reason = ASKED_FOR, state: State = None, json: Json = False) -> None:
+    """Let the predecessor of the version that serves serve again."""
+    from data import swaps
+
+    with open_record(state) as db:
+        try:
+            name = swaps.predecessor(db)
+        except swaps.CannotPromote as error:
+            raise fail(str(error)) from None
+        _serve(db, name, lambda: swaps.roll_back(db, actor="cli", reason=reason), state=state, json=json)
+
+
+def _serve(db: "Database", name: str, decide: Callable[[], "Swap"], *, state: Path | None, json: bool) -> None:
+    """Decide that a version is to serve, and wait until it does."""
+    from data import leases, registry, swaps
+    from data.database import transaction
+    from data.types import PolicyStatus
+
+    settings = read_settings(state=state)
+    began = time.monotonic()
+    try:
+        registry.servable_folder(db, settings.state, registry.get(db, name), max_rank=settings.engine.max_lora_rank)
+        with transaction(db):
+            swap = decide()
+    except (swaps.CannotPromote, registry.RegistryError, OSError) as error:
+        raise fail(str(error)) from None
+    if leases.holder_of(db, "swap") is None:
+        typer.echo(f"Nothing runs here now: {name} serves at the next start.", err=True)
+        return
+    while (policy := registry.get(db, name)).status is PolicyStatus.PROMOTED:
+        if time.monotonic() - began > SERVES_WITHIN_S:
+            why = policy.problem or "the engines are still loading it"
+            raise fail(f"{name} does not serve after {SERVES_WITHIN_S:.0f} s: {why}. The service goes on trying.")
+        time.sleep(0.02)
+    if policy.status is not PolicyStatus.SERVING:
+        raise fail(f"{name} is {policy.status}: {policy.problem}")
+    seconds = time.monotonic() - began
+    shown = {"policy": name, "swap": swap.id, "seconds": round(seconds, 3)}
+    typer.echo(jsonlib.dumps(shown) if json else f"{name} serves after {seconds:.2f} s")
+
+
+def _find_policy(db: "Database", name: str) -> "Policy":
+    from data import registry
+
+    try:
+        return registry.get(db, name)
+    except registry.UnknownPolicy:
+        raise fail(f"There is no policy '{name}'. `nightshift policies list` shows them all.") from None

@@ -1,0 +1,130 @@
+"""Who is to serve, and the rows that say how that came about."""
+
+import pytest
+from sqlite_utils import Database
+
+from data import registry, swaps
+from data.database import transaction
+from data.types import BASE_POLICY, PolicyStatus
+from tests.conftest import AddPolicy
+
+
+def flip(db: Database, name: str) -> str | None:
+    with transaction(db):
+        return swaps.flip(db, swaps.begin(db, name))
+
+
+def promote(db: Database, name: str) -> None:
+    with transaction(db):
+        swaps.promote(db, name, actor="key_1", reason="because")
+
+
+def statuses(db: Database) -> list[str]:
+    return [policy.status.value for policy in registry.list_policies(db)]
+
+
+def test_the_first_start_replaces_nobody(db: Database) -> None:
+    assert swaps.pending(db) == BASE_POLICY
+    assert flip(db, BASE_POLICY) is None
+    assert swaps.pending(db) is None
+    (swap,) = swaps.list_swaps(db)
+    assert (swap.policy, swap.replaced, swap.actor, swap.reason) == (BASE_POLICY, None, "start", "the first start")
+
+
+def test_what_was_promoted_before_the_first_start_comes_after_it(db: Database, add_policy: AddPolicy) -> None:
+    promote(db, add_policy())
+    assert swaps.pending(db) == BASE_POLICY
+    assert [policy.name for policy in swaps.wanted(db)] == [BASE_POLICY]
+    flip(db, BASE_POLICY)
+    assert swaps.pending(db) == "policy-0001"
+    assert flip(db, "policy-0001") == BASE_POLICY
+
+
+def test_the_old_policy_retires_and_one_that_was_left_again_is_rolled_back(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    promote(db, add_policy())
+    flip(db, "policy-0001")
+    assert statuses(db) == ["retired", "serving"]
+    promote(db, BASE_POLICY)
+    assert flip(db, BASE_POLICY) == "policy-0001"
+    assert statuses(db) == ["serving", "rolled_back"]
+
+
+def test_the_last_that_was_asked_for_is_pending_and_overtakes_the_others(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    for name in [add_policy() for _ in range(3)]:
+        promote(db, name)
+    db.execute("UPDATE swaps SET requested_at = '9999' WHERE policy = 'policy-0002'")
+    assert swaps.pending(db) == "policy-0002"
+    flip(db, "policy-0002")
+    assert statuses(db) == ["retired", "retired", "serving", "retired"]
+    assert swaps.pending(db) is None
+    assert "promoted after it" in str(registry.get(db, "policy-0003").problem)
+
+
+def test_what_an_operator_asked_for_comes_before_what_the_trainer_promoted_and_does_not_undo_it(
+    db: Database, add_policy: AddPolicy
+) -> None:
+    flip(db, BASE_POLICY)
+    promote(db, add_policy())
+    flip(db, "policy-0001")
+    add_policy(PolicyStatus.PROMOTED)
+    promote(db, BASE_POLICY)
+    assert swaps.pending(db) == BASE_POLICY
+    flip(db, BASE_POLICY)
+    assert swaps.pending(db) == "policy-0002"
+
+
+def test_a_swap_that_was_overtaken_is_not_made(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    older, newer = add_policy(), add_policy()
+    promote(db, older)
+    swap = swaps.list_swaps(db)[0]
+    promote(db, newer)
+    db.execute("UPDATE swaps SET requested_at = '9999' WHERE policy = ?", (newer,))
+    with pytest.raises(swaps.Superseded), transaction(db):
+        swaps.flip(db, swap)
+    assert registry.get(db, older).status is PolicyStatus.PROMOTED
+
+
+def test_an_open_swap_is_continued_and_a_new_promotion_is_a_new_swap(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    name = add_policy(PolicyStatus.PROMOTED)
+    with transaction(db):
+        first, again = swaps.begin(db, name), swaps.begin(db, name)
+        swaps.refuse(db, name, "it is broken")
+    assert first == again
+    assert registry.get(db, name).status is PolicyStatus.REJECTED
+    assert swaps.list_swaps(db)[0].problem == "it is broken"
+    promote(db, name)
+    assert len(swaps.list_swaps(db, policy=name)) == 2
+    assert registry.get(db, name).problem is None
+
+
+def test_the_predecessor_is_the_one_that_the_serving_policy_first_took_over_from(
+    db: Database, add_policy: AddPolicy
+) -> None:
+    with pytest.raises(swaps.CannotPromote, match="Nothing serves yet"):
+        swaps.predecessor(db)
+    flip(db, BASE_POLICY)
+    with pytest.raises(swaps.CannotPromote, match="nothing to go back to"):
+        swaps.predecessor(db)
+    for name in (add_policy(), add_policy()):
+        promote(db, name)
+        flip(db, name)
+    for predecessor in ("policy-0001", BASE_POLICY):
+        with transaction(db):
+            assert swaps.roll_back(db, actor="key_1", reason="because").policy == predecessor
+        flip(db, predecessor)
+    with pytest.raises(swaps.CannotPromote, match="nothing to go back to"):
+        swaps.predecessor(db)
+
+
+def test_what_serves_or_failed_the_gate_cannot_be_promoted(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    with pytest.raises(swaps.CannotPromote, match="serves already"):
+        promote(db, BASE_POLICY)
+    with pytest.raises(swaps.CannotPromote, match="KL is 3 nats"):
+        promote(db, add_policy(PolicyStatus.REJECTED, gate=False))
+    with pytest.raises(registry.UnknownPolicy):
+        promote(db, "policy-0009")

@@ -22,7 +22,7 @@ UV := $(if $(LINKS),UV_FIND_LINKS="$(LINKS)",$(if $(filter cpu,$(EXTRA)),UV_TORC
 # Compiled once here, not at every start: vLLM imports thousands of modules in each of its three processes.
 INSTALL := $(UV) install --quiet --compile-bytecode --python $(PY) --constraint $(CONSTRAINTS)
 
-.PHONY: up test check install lock
+.PHONY: up test check install lock screenshots
 
 up: .venv/installed-$(EXTRA)
 	@$(PY) -m service.cli up $(ARGS)
@@ -35,6 +35,9 @@ check: .venv/installed-$(EXTRA)-dev
 	@$(PY) -m ruff format --check .
 	@$(PY) -m mypy data service trainer bench
 	@.venv/bin/hadolint Dockerfile
+
+screenshots: .venv/installed-$(EXTRA)-dev
+	@$(PY) -m pytest tests/browser/take_screenshots.py
 
 install: .venv/installed-$(EXTRA)
 

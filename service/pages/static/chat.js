@@ -35,6 +35,7 @@ async function drawTalk() {
   log.replaceChildren(...talk.turns.map((turn, index) => drawTurn(turn, index, bodies)));
   if (!talk.turns.length) log.append(drawWelcome());
   find("title").textContent = document.title = talk.title ? `${talk.title} · Nightshift` : "Nightshift";
+  if (openPair && !message.value) openPair.vote.focus({ preventScroll: true });
   await showAll(bodies);
 }
 
@@ -297,7 +298,6 @@ function changeVote(turn) {
   turn.pair.choice = null;
   drawTalk();
   openPair.onChoose = (choice, comment) => choose(turn, choice === "skip" ? before : choice, comment);
-  openPair.vote.focus();
 }
 
 function onVoteSent(vote, answer) {

@@ -6,7 +6,7 @@ import { button, el, find, notice } from "./dom.js";
 const ROLES = ["user", "rater", "operator"];
 const FACES = [
   { path: "/", name: "Chat", role: "user" },
-  { path: "/rate", name: "Rating desk", role: "rater" },
+  { path: "/rate", name: "Rate", role: "rater" },
 ];
 
 /** Fill the header; resolves to the session, or to null after saying what is wrong. */

@@ -1,0 +1,344 @@
+"""The chat page, as it is seen."""
+
+import pytest
+from playwright.async_api import Page, expect
+
+from data.types import Role
+from tests.browser.conftest import PHONE, OpenPage
+from tests.conftest import FakeEngine, House, Refusal, Reply, eventually, say
+
+
+async def ask(page: Page, text: str) -> None:
+    await page.get_by_label("Message", exact=True).fill(text)
+    await page.keyboard.press("Enter")
+
+
+async def test_an_answer_streams_in_and_is_rendered(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    pieces = ["It is **Par", "is**:\n\n", "```\nx = 1\n```\n", "- one\n- two"]
+    engine.answer = lambda body: Reply(choices=[pieces], hold_after=2)
+    page = await open_page(house)
+    await ask(page, "What is the capital of France?")
+    answer = page.get_by_role("article", name="Answer")
+    await expect(answer).to_contain_text("Paris")
+    await expect(page.get_by_role("button", name="Stop", exact=True)).to_be_visible()
+    await expect(page.get_by_role("button", name="Send", exact=True)).to_be_hidden()
+    engine.go_on.set()
+    await expect(answer.locator("strong")).to_have_text("Paris")
+    await expect(answer.locator("pre")).to_have_text("x = 1")
+    await expect(answer.locator("li")).to_have_text(["one", "two"])
+    await expect(answer).to_contain_text("policy-0000")
+    await expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+    assert engine.chats[0].body["messages"] == [{"role": "user", "content": "What is the capital of France?"}]
+
+
+async def test_what_was_said_goes_along_and_is_listed(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    engine.answer = lambda body: say(f"Answer {len(body['messages'])}")
+    page = await open_page(house)
+    await ask(page, "First question")
+    await expect(page.get_by_text("Answer 1")).to_be_visible()
+    await ask(page, "Second question")
+    await expect(page.get_by_text("Answer 3")).to_be_visible()
+    assert [message["content"] for message in engine.chats[1].body["messages"]] == [
+        *("First question", "Answer 1", "Second question")
+    ]
+    await page.get_by_role("button", name="New conversation").click()
+    await expect(page.get_by_role("heading", name="What shall we talk about?")).to_be_visible()
+    await page.get_by_role("navigation", name="Earlier conversations").get_by_text("First question").click()
+    await expect(page.get_by_text("Answer 3")).to_be_visible()
+    await page.reload()
+    await expect(page.get_by_text("Answer 3")).to_be_visible()
+    await page.get_by_role("button", name="Delete the conversation “First question”").click()
+    await page.get_by_role("button", name="Delete", exact=True).click()
+    await expect(page.get_by_text("What you talk about is listed here.")).to_be_visible()
+    assert await house.rows("conversations") == []
+
+
+async def test_an_answer_can_be_stopped(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    engine.answer = lambda body: Reply(choices=[["It was a dark", " and stormy night"]], hold_after=1)
+    page = await open_page(house)
+    await ask(page, "Tell me a story")
+    await expect(page.get_by_text("It was a dark")).to_be_visible()
+    await page.get_by_role("button", name="Stop", exact=True).click()
+    await expect(page.get_by_text("You stopped this answer.")).to_be_visible()
+    await expect(page.get_by_text("stormy")).to_have_count(0)
+    await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    await eventually(lambda: engine.chats[0].cut_off)
+
+
+async def test_a_message_can_be_edited_and_sent_again(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    engine.answer = lambda body: say("About " + body["messages"][-1]["content"])
+    page = await open_page(house)
+    await ask(page, "cats")
+    await expect(page.get_by_text("About cats")).to_be_visible()
+    await ask(page, "cows")
+    await expect(page.get_by_text("About cows")).to_be_visible()
+    await page.get_by_role("button", name="Edit this message and send it again").first.click()
+    await page.get_by_label("Your message").get_by_role("textbox").fill("dogs")
+    await page.get_by_role("button", name="Send", exact=True).first.click()
+    await expect(page.get_by_text("About dogs")).to_be_visible()
+    await expect(page.get_by_text("About cats")).to_have_count(0)
+    await expect(page.get_by_text("cows")).to_have_count(0)
+    assert engine.chats[-1].body["messages"] == [{"role": "user", "content": "dogs"}]
+
+
+async def test_an_answer_can_be_copied(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    engine.answer = lambda body: say("It is **Paris**.")
+    page = await open_page(house, permissions=["clipboard-read", "clipboard-write"])
+    await ask(page, "Hello")
+    await page.get_by_role("button", name="Copy this answer").click()
+    await expect(page.get_by_text("Copied").first).to_be_visible()
+    assert await page.evaluate("navigator.clipboard.readText()") == "It is **Paris**."
+
+
+async def test_a_failure_is_said_and_can_be_tried_again(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    engine.answer = lambda body: Refusal(400, "too long for me")
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("alert").filter(has_text="too long for me")).to_be_visible()
+    engine.answer = lambda body: say("Now it works")
+    await page.get_by_role("button", name="Try again").click()
+    await expect(page.get_by_text("Now it works")).to_be_visible()
+    await expect(page.get_by_text("too long for me")).to_have_count(0)
+
+
+# Two answers
+
+
+@pytest.fixture
+def asked(engine: FakeEngine) -> FakeEngine:
+    """An engine whose two answers differ."""
+    engine.answer = lambda body: say("Seed ", str(body.get("seed")))
+    return engine
+
+
+async def always(house: House) -> None:
+    """Every chat of the test's user is a comparison."""
+    key = house.keys[Role.USER].id
+    await house.state.write(lambda db: db.execute("UPDATE keys SET feedback = 'always' WHERE id = ?", (key,)))
+
+
+async def pair_of(page: Page) -> tuple[str, str]:
+    first = await page.get_by_role("article", name="First answer").inner_text()
+    second = await page.get_by_role("article", name="Second answer").inner_text()
+    return first, second
+
+
+async def test_voting_opens_when_both_answers_have_ended(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    await always(house)
+    engine.answer = lambda body: Reply(choices=[["Seed ", str(body["seed"])]], hold_after=1)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("article", name="Second answer")).to_contain_text("Seed")
+    button = page.get_by_role("button", name="First is better")
+    await expect(button).to_be_disabled()
+    await page.keyboard.press("ArrowLeft")
+    engine.go_on.set()
+    await expect(button).to_be_enabled()
+    await expect(page.get_by_text("Your vote trains the model")).to_be_visible()
+    await expect(page.get_by_text("policy-0000")).to_have_count(0)
+    assert await house.rows("votes") == []
+
+
+@pytest.mark.parametrize(
+    ("name", "choice"),
+    [("First is better", "a"), ("Second is better", "b"), ("Equally good", "tie"), ("Both bad", "both_bad")],
+)
+async def test_a_vote_by_mouse(house: House, asked: FakeEngine, open_page: OpenPage, name: str, choice: str) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    button = page.get_by_role("button", name=name)
+    await expect(button).to_be_enabled()
+    first, second = await pair_of(page)
+    await page.get_by_label("Comment").fill("because")
+    await button.click()
+    await expect(page.get_by_text("Both were written by policy-0000.")).to_be_visible()
+    chosen = second if choice == "b" else first
+    await expect(page.get_by_role("article", name="Answer").locator(".prose").first).to_have_text(chosen)
+    (vote,) = await house.rows("votes")
+    assert (vote["choice"], vote["comment"]) == (choice, "because")
+    await ask(page, "And then?")
+    await expect(page.get_by_role("article", name="Second answer")).to_be_visible()
+    assert asked.chats[-1].body["messages"][1]["content"] == chosen
+
+
+@pytest.mark.parametrize(
+    ("key", "choice"), [("ArrowLeft", "a"), ("ArrowRight", "b"), ("ArrowDown", "tie"), ("ArrowUp", "both_bad")]
+)
+async def test_a_vote_by_keyboard(house: House, asked: FakeEngine, open_page: OpenPage, key: str, choice: str) -> None:
+    await always(house)
+    page = await open_page(house)
+    await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    await page.keyboard.type("Hello")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
+    await expect(page.get_by_role("region", name="Which answer is better?")).to_be_focused()
+    await page.keyboard.press(key)
+    await expect(page.get_by_text("Both were written by policy-0000.")).to_be_visible()
+    assert [row["choice"] for row in await house.rows("votes")] == [choice]
+    await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+
+
+async def test_a_pair_can_be_skipped(house: House, asked: FakeEngine, open_page: OpenPage) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    first, _ = await pair_of(page)
+    await page.keyboard.press("Escape")
+    await expect(page.locator(".verdict")).to_contain_text("You skipped this one")
+    await expect(page.get_by_role("article", name="Answer").locator(".prose").first).to_have_text(first)
+    assert await house.rows("votes") == []
+
+
+async def test_arrows_in_the_comment_do_not_vote(house: House, asked: FakeEngine, open_page: OpenPage) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    await page.get_by_label("Comment").focus()
+    await page.keyboard.type("shorter")
+    await page.keyboard.press("ArrowLeft")
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("region", name="Which answer is better?")).to_be_focused()
+    assert await house.rows("votes") == []
+    await page.keyboard.press("ArrowRight")
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the second answer")
+    await expect(page.get_by_text("Both were written by policy-0000.")).to_be_visible()
+    assert [(row["choice"], row["comment"]) for row in await house.rows("votes")] == [("b", "shorter")]
+
+
+async def test_a_vote_can_be_changed(house: House, asked: FakeEngine, open_page: OpenPage) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await page.get_by_role("button", name="First is better").click()
+    await expect(page.get_by_text("Both were written by")).to_be_visible()
+    await page.get_by_role("button", name="Change your vote").click()
+    await page.keyboard.press("ArrowRight")
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the second answer")
+    await expect(page.get_by_text("Both were written by")).to_be_visible()
+    assert [row["choice"] for row in await house.rows("votes")] == ["b"]
+
+
+async def test_a_pair_waits_for_its_vote_over_a_reload(house: House, asked: FakeEngine, open_page: OpenPage) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    seen = await pair_of(page)
+    await eventually(lambda: house.rows("conversations"))
+    await eventually(lambda: _has_pair(house))
+    await page.reload()
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    assert await pair_of(page) == seen
+    await page.keyboard.press("ArrowLeft")
+    await expect(page.get_by_text("Both were written by")).to_be_visible()
+
+
+async def _has_pair(house: House) -> bool:
+    return '"pair": {' in (await house.rows("conversations"))[0]["messages"]
+
+
+async def test_a_vote_cast_offline_is_kept_and_sent_later(house: House, asked: FakeEngine, open_page: OpenPage) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    await eventually(lambda: _has_pair(house))
+    await page.context.set_offline(True)
+    await page.keyboard.press("ArrowRight")
+    await expect(page.get_by_text("Your vote is kept in this browser and will be sent again.")).to_be_visible()
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the second answer")
+    assert await house.rows("votes") == []
+    await page.context.set_offline(False)
+    await expect(page.get_by_text("Both were written by policy-0000.")).to_be_visible()
+    await expect(page.get_by_text("Your vote is kept")).to_have_count(0)
+    assert [row["choice"] for row in await house.rows("votes")] == ["b"]
+
+
+async def test_a_vote_that_was_kept_is_sent_when_the_page_is_opened_again(
+    house: House, asked: FakeEngine, open_page: OpenPage
+) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    await page.route("**/vote", lambda route: route.abort())
+    await page.keyboard.press("ArrowLeft")
+    await expect(page.get_by_text("Your vote is kept in this browser")).to_be_visible()
+    await page.unroute("**/vote")
+    await page.reload()
+    await eventually(lambda: house.rows("votes"))
+    await expect(page.get_by_text("Your vote is kept")).to_have_count(0)
+
+
+async def test_the_two_answers_are_side_by_side_or_stacked_on_a_phone(
+    house: House, asked: FakeEngine, open_page: OpenPage
+) -> None:
+    await always(house)
+    for viewport, beside in (({"width": 1280, "height": 800}, True), (PHONE, False)):
+        page = await open_page(house, viewport=viewport)
+        await ask(page, "Hello")
+        await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+        first = await page.get_by_role("article", name="First answer").bounding_box()
+        second = await page.get_by_role("article", name="Second answer").bounding_box()
+        assert first is not None
+        assert second is not None
+        assert (first["y"] == second["y"]) is beside
+        assert (first["x"] == second["x"]) is not beside
+        assert await page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+
+
+async def test_on_a_phone_the_conversations_are_behind_a_button(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    page = await open_page(house, viewport=PHONE)
+    await ask(page, "Hello")
+    await expect(page.get_by_text("Hi there.")).to_be_visible()
+    await expect(page.get_by_role("button", name="New conversation")).to_be_hidden()
+    await page.get_by_role("button", name="Conversations", exact=True).click()
+    await expect(page.get_by_role("button", name="New conversation")).to_be_focused()
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("button", name="New conversation")).to_be_hidden()
+    await expect(page.get_by_role("button", name="Conversations", exact=True)).to_be_focused()
+
+
+async def test_all_of_it_by_keyboard(house: House, asked: FakeEngine, open_page: OpenPage) -> None:
+    """A conversation, an edit, a way back to it and its end, without a mouse."""
+    page = await open_page(house)
+    await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    await page.keyboard.type("Hello")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_text("Seed None")).to_be_visible()
+    await tab_to(page, "Edit this message and send it again")
+    await page.keyboard.press("Enter")
+    await page.keyboard.type(", world")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("article", name="Your message")).to_contain_text("Hello, world")
+    await expect(page.get_by_role("button", name="Send", exact=True)).to_be_visible()
+    await tab_to(page, "New conversation")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("heading", name="What shall we talk about?")).to_be_visible()
+    await tab_to(page, "Delete the conversation “Hello, world”")
+    await page.keyboard.press("Enter")
+    await page.keyboard.press("Tab")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_text("What you talk about is listed here.")).to_be_visible()
+    await tab_to(page, "Sign out")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_label("API key")).to_be_focused()
+
+
+async def tab_to(page: Page, name: str) -> None:
+    """Press Tab until the element of that name has the focus."""
+    seen = []
+    for _ in range(60):
+        await page.keyboard.press("Tab")
+        focused = await page.evaluate(
+            "document.activeElement.getAttribute('aria-label') ?? document.activeElement.textContent"
+        )
+        if focused == name:
+            return
+        seen.append(focused)
+    raise AssertionError(f"{name} cannot be reached with Tab, only {seen}")

@@ -1,0 +1,65 @@
+"""The door."""
+
+from playwright.async_api import expect
+from sqlite_utils import Database
+
+from data import keys, sessions
+from data.database import transaction
+from data.types import Role
+from service.auth import COOKIE
+from tests.browser.conftest import OpenPage
+from tests.conftest import House
+
+
+async def test_an_api_key_signs_in_once_and_a_button_signs_out(house: House, open_page: OpenPage, db: Database) -> None:
+    page = await open_page(house, role=None)
+    await page.get_by_label("API key").fill("ns-wrong")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("alert")).to_contain_text("This API key is unknown or was revoked.")
+    await page.get_by_label("API key").fill(house.tokens[Role.USER])
+    await page.get_by_role("button", name="Sign in").click()
+    await expect(page.get_by_label("Message", exact=True)).to_be_visible()
+    (cookie,) = await page.context.cookies()
+    assert (cookie["name"], cookie["httpOnly"], cookie["sameSite"]) == (COOKIE, True, "Lax")
+    assert await page.evaluate("document.cookie") == ""
+    stored = await page.evaluate("JSON.stringify([localStorage, sessionStorage])")
+    assert house.tokens[Role.USER] not in stored
+    await page.reload()
+    await expect(page.get_by_label("Message", exact=True)).to_be_visible()
+    await page.get_by_role("button", name="Sign out").click()
+    await expect(page.get_by_label("API key")).to_be_visible()
+    assert await page.context.cookies() == []
+    assert db.execute("SELECT count(*) FROM sessions").fetchone() == (0,)
+
+
+async def test_a_link_signs_in_once_and_leaves_no_trace_in_the_address(
+    house: House, open_page: OpenPage, db: Database
+) -> None:
+    with transaction(db):
+        code = sessions.create_code(db, house.keys[Role.OPERATOR].id)
+    page = await open_page(house, f"/sign-in#{code}", role=None)
+    await expect(page.get_by_label("Message", exact=True)).to_be_visible()
+    assert page.url == f"{house.url}/"
+    other = await open_page(house, f"/sign-in#{code}", role=None)
+    await expect(other.get_by_role("alert")).to_contain_text("This link was used before")
+    assert code not in other.url
+
+
+async def test_a_revoked_key_ends_its_session_and_the_page_says_so(
+    house: House, open_page: OpenPage, db: Database
+) -> None:
+    page = await open_page(house)
+    with transaction(db):
+        keys.revoke(db, house.keys[Role.USER].id, actor="test")
+    await page.get_by_label("Message", exact=True).fill("Hello")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("alert").filter(has_text="Your session is over.").first).to_be_visible()
+    await page.get_by_role("button", name="Sign in").first.click()
+    await expect(page.get_by_label("API key")).to_be_visible()
+
+
+async def test_after_signing_in_the_page_that_was_wanted_is_shown(house: House, open_page: OpenPage) -> None:
+    page = await open_page(house, "/rate", role=None)
+    await page.get_by_label("API key").fill(house.tokens[Role.RATER])
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("heading", name="Rating desk")).to_be_visible()

@@ -77,7 +77,7 @@ async def cancel_run(id: str, request: Request, operator: Operator) -> dict[str,
     def cancel(db: Database) -> Run:
         run = _find(db, id)
         if run.status in OVER:
-            raise ApiError(409, f"{id} has ended already: it {_became(run)}.", code="run_ended")
+            raise ApiError(409, f"{id} has ended already ({run.status}).", code="run_ended")
         return runs.cancel(db, id, actor=operator.id)
 
     return run_json(await state_of(request).write(cancel))
@@ -122,7 +122,3 @@ def _find(db: Database, id: str) -> Run:
         return runs.get(db, id)
     except runs.UnknownRun:
         raise ApiError(404, f"There is no run '{id}'.", type="not_found_error", code="unknown_run") from None
-
-
-def _became(run: Run) -> str:
-    return "was cancelled" if run.status == "cancelled" else str(run.status)

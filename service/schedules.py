@@ -59,15 +59,16 @@ async def list_schedules(request: Request, operator: Operator) -> dict[str, Any]
 @router.patch("/v1/schedules/{id}")
 async def change_schedule(id: str, body: ScheduleChange, request: Request, operator: Operator) -> dict[str, Any]:
     """Pause it (`paused`), or make it another one; a time zone alone moves a cron expression there."""
-    new_spec = {"cron": body.cron, "every": body.every, "votes": body.votes}
-    has_spec = any(value is not None for value in new_spec.values())
+    has_spec = (body.cron, body.every, body.votes) != (None, None, None)
     if not (has_spec or body.timezone is not None or body.paused is not None):
         raise ApiError(400, "Nothing to change: send paused, cron, timezone, every or votes.", code="bad_schedule")
 
     def change(db: Database) -> dict[str, Any]:
         schedule = schedules.get(db, id)
         if has_spec or body.timezone is not None:
-            kind, spec = schedules.choose(**new_spec) if has_spec else (schedule.kind, schedule.spec)
+            kind, spec = schedule.kind, schedule.spec
+            if has_spec:
+                kind, spec = schedules.choose(cron=body.cron, every=body.every, votes=body.votes)
             schedule = schedules.edit(db, id, kind, spec, timezone=body.timezone, actor=operator.id)
         if body.paused is not None:
             schedule = (schedules.pause if body.paused else schedules.resume)(db, id, actor=operator.id)

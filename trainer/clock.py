@@ -17,12 +17,14 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO
 
 from apscheduler.executors.pool import ThreadPoolExecutor
+from apscheduler.jobstores.base import JobLookupError
 from apscheduler.schedulers.background import BackgroundScheduler
 from pysqlite3 import dbapi2 as sqlite3
 from sqlite_utils import Database
@@ -30,7 +32,7 @@ from sqlite_utils import Database
 from data import leases, runs, schedules
 from data.database import connect, transaction
 from data.ids import new_id
-from data.schedules import BadSchedule, Schedule
+from data.schedules import BadSchedule, Schedule, ScheduleKind
 from data.settings import Settings
 from data.types import RunStatus, timestamp
 
@@ -54,8 +56,6 @@ class _Started:
 
 
 class Clock:
-    """All its work is done by one thread, APScheduler's only worker; `stop` waits for that before it does the rest."""
-
     def __init__(self, settings: Settings, *, once: tuple[str, ...]) -> None:
         """`once`: the command that carries out the run in the queue."""
         self._once = once
@@ -65,38 +65,52 @@ class Clock:
         self._holds = False
         self._renewed = -LEASE_S
         self._started: _Started | None = None
+        self._due: dict[str, datetime] = {}
+        """When each alarm goes off."""
+        self._news = threading.Event()
+        """An alarm has gone off, or a run has ended: look at once."""
+        self._trouble = ""
+        self._stopping = False
         self._alarms = BackgroundScheduler(
             timezone=UTC,
             executors={"default": ThreadPoolExecutor(1)},
             # However late an alarm goes off, it goes off, and once.
-            job_defaults={"misfire_grace_time": None, "coalesce": True, "max_instances": 1},
+            job_defaults={"misfire_grace_time": None, "coalesce": True},
         )
 
-    def start(self) -> None:
-        self._alarms.add_job(self._look, "interval", seconds=LOOK_S, id="look", next_run_time=datetime.now(UTC))
+    def run(self) -> None:
+        """Look and start what is due until `stop` was called; then end the run under way in order."""
         self._alarms.start()
-
-    def stop(self) -> None:
-        """End the run under way in order, and leave the lease to another clock."""
-        self._alarms.shutdown(wait=True)
+        while not self._stopping:
+            self._news.clear()
+            self._look()
+            self._news.wait(LOOK_S)
+        self._alarms.shutdown()
         give_up = time.monotonic() + STOP_S
         if self._started is not None:
-            self._end_ours(self._started)
+            self._end_ours(self._started, give_up)
         if self._holds:
             self._end_adopted(give_up)
         with transaction(self._db):
             leases.release(self._db, LEASE, self._holder)
         self._db.close()
 
+    def stop(self) -> None:
+        """May be called from a signal's handler: it waits for no lock."""
+        self._stopping = True
+
     def _look(self) -> None:
         try:
             self._record_end()
             self._hold()
             if self._holds:
-                self._set_alarms()
+                self._follow()
                 self._start_the_queued()
+            self._trouble = ""
         except (sqlite3.OperationalError, OSError) as error:
-            log.error("Nothing can be started: %s. Trying again.", error)
+            if str(error) != self._trouble:
+                log.error("Nothing can be started: %s. Trying on.", error)
+            self._trouble = str(error)
 
     def _hold(self) -> None:
         """Renew the lease, or take it where it is free."""
@@ -111,51 +125,51 @@ class Clock:
         if self._holds != held:
             log.info("This clock ticks" if self._holds else "Another clock ticks")
 
-    def _set_alarms(self) -> None:
-        """One for each moment that comes next. Its id changes with the schedule and each time it came due."""
-        wanted = {"look"}
+    def _follow(self) -> None:
+        """Answer what is due, and set an alarm for each moment that comes next. Its id changes with the schedule, and
+        each time it came due."""
+        now = datetime.now(UTC)
         idle = runs.active(self._db) is None
+        wanted = set()
         for schedule in schedules.list_all(self._db):
             if schedule.paused:
                 continue
             alarm = f"{schedule.id} {' '.join(schedule.version)}"
             wanted.add(alarm)
             try:
-                due_at = schedule.next_due()
-                if due_at is None and idle:
-                    self._answer(schedule)
-                elif due_at is not None and self._alarms.get_job(alarm) is None:
-                    self._alarms.add_job(self._ring, "date", run_date=due_at, id=alarm, args=[schedule])
+                if schedule.kind is not ScheduleKind.VOTES:
+                    self._set_alarm(alarm, schedule)
+                    due = self._due[alarm] <= now
+                else:
+                    due = idle and schedules.is_due(self._db, schedule, now)
                 problem = None
             except BadSchedule as error:
-                problem = str(error)
-            self._note_problem(schedule, problem)
-        for job in self._alarms.get_jobs():
-            if job.id not in wanted:
-                job.remove()
-        self._alarms.wakeup()  # it sleeps by a clock that stands still while the machine does
+                due, problem = False, str(error)
+            if schedule.problem != problem:
+                with transaction(self._db):
+                    schedules.record_problem(self._db, schedule.id, problem)
+            if due:
+                self._answer(schedule)
+        for alarm in self._due.keys() - wanted:
+            del self._due[alarm]
+            with suppress(JobLookupError):  # it has gone off
+                self._alarms.remove_job(alarm)
 
-    def _ring(self, schedule: Schedule) -> None:
-        try:
-            self._answer(schedule)
-        except (sqlite3.OperationalError, OSError) as error:
-            log.error("%s is due, and its run cannot be started: %s. Trying again.", schedule.id, error)
+    def _set_alarm(self, alarm: str, schedule: Schedule) -> None:
+        """Raises BadSchedule."""
+        if alarm not in self._due:
+            due_at = schedule.next_due()
+            assert due_at is not None
+            self._due[alarm] = due_at
+            self._alarms.add_job(self._news.set, "date", run_date=due_at, id=alarm)
 
     def _answer(self, schedule: Schedule) -> None:
-        """Ask for the run, if it is due and we are the one to ask."""
-        if not schedules.is_due(self._db, schedule, datetime.now(UTC)):
-            return
+        """Ask for its run, where we are still the one to ask."""
         with transaction(self._db):
             self._holds = leases.acquire(self._db, LEASE, self._holder, for_s=LEASE_S)
             run_id = schedules.come_due(self._db, schedule) if self._holds else None
         if run_id is not None:
             log.info("%s (%s %s) came due: %s", schedule.id, schedule.kind, schedule.spec, run_id)
-            self._start_the_queued()
-
-    def _note_problem(self, schedule: Schedule, problem: str | None) -> None:
-        if schedule.problem != problem:
-            with transaction(self._db):
-                schedules.record_problem(self._db, schedule.id, problem)
 
     def _start_the_queued(self) -> None:
         """Give the queued run a process, whoever asked for it."""
@@ -168,7 +182,11 @@ class Clock:
             )
         log.info("%s starts (process %d, %s)", run.id, process.pid, self._log)
         self._started = _Started(run.id, process)
-        threading.Thread(target=self._look_at_its_end, args=[process], daemon=True).start()
+        threading.Thread(target=self._notice_the_end_of, args=[process], daemon=True).start()
+
+    def _notice_the_end_of(self, process: subprocess.Popen[bytes]) -> None:
+        process.wait()
+        self._news.set()
 
     def _open_log(self, run_id: str) -> IO[bytes]:
         self._log.parent.mkdir(parents=True, exist_ok=True)
@@ -178,11 +196,6 @@ class Clock:
         output.write(f"--- {timestamp()} {run_id}\n".encode())
         output.flush()
         return output
-
-    def _look_at_its_end(self, process: subprocess.Popen[bytes]) -> None:
-        process.wait()
-        if self._alarms.running:
-            self._alarms.modify_job("look", next_run_time=datetime.now(UTC))
 
     def _record_end(self) -> None:
         """Where the process ended and its run did not, say in the record that it died."""
@@ -195,10 +208,10 @@ class Clock:
         (log.error if died else log.info)("%s %s%s", run_id, run.status, f": {run.error}" if run.error else "")
         self._started = None
 
-    def _end_ours(self, started: _Started) -> None:
+    def _end_ours(self, started: _Started, give_up: float) -> None:
         started.process.terminate()
         try:
-            started.process.wait(STOP_S)
+            started.process.wait(max(give_up - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
             log.warning("%s does not end; killing it", started.run_id)
             started.process.kill()
@@ -221,7 +234,7 @@ def _how_it_died(status: int, output: Path) -> str:
     if status == -signal.SIGKILL:
         how = "Its process was killed (SIGKILL), as the system does where memory runs out"
     elif status < 0:
-        how = f"Its process was ended by {signal.Signals(-status).name}"
+        how = f"Its process was ended by a signal ({signal.strsignal(-status) or -status})"
     else:
         how = f"Its process ended with status {status} before its time"
     return f"{how}; {output} has its last words. Start another run: nothing of this one is in use."
@@ -230,13 +243,10 @@ def _how_it_died(status: int, output: Path) -> str:
 def keep_time(settings: Settings, *, once: tuple[str, ...] = ONCE) -> int:
     """Run until SIGTERM, SIGINT or SIGHUP."""
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stderr)
-    logging.getLogger("apscheduler").setLevel(logging.ERROR)  # a look that takes long is not worth a line
-    stop = threading.Event()
+    logging.getLogger("apscheduler").setLevel(logging.WARNING)
+    clock = Clock(settings, once=once)
     for wish in (signal.SIGTERM, signal.SIGINT, signal.SIGHUP):
         if signal.getsignal(wish) is not signal.SIG_IGN:  # nohup, say
-            signal.signal(wish, lambda number, frame: stop.set())
-    clock = Clock(settings, once=once)
-    clock.start()
-    stop.wait()
-    clock.stop()
+            signal.signal(wish, lambda number, frame: clock.stop())
+    clock.run()
     return 0

@@ -5,6 +5,7 @@ import signal
 import subprocess
 import sys
 import sysconfig
+import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
@@ -33,6 +34,8 @@ from pysqlite3 import dbapi2 as sqlite3
 database, manner = sys.argv[1:]
 if manner == "stillborn":
     sys.exit(3)
+if manner == "asleep":
+    time.sleep(600)
 db = sqlite3.connect(database, isolation_level=None)
 db.execute("PRAGMA busy_timeout = 60000")
 
@@ -44,14 +47,12 @@ def end(status):
                (status, now(), os.getpid()))
     sys.exit(0)
 
-signal.signal(signal.SIGTERM, lambda *_: end("cancelled"))
+signal.signal(signal.SIGTERM, signal.SIG_IGN if manner == "deaf" else lambda *_: end("cancelled"))
 db.execute("UPDATE runs SET status = 'running', pid = ?, started_at = ?, heartbeat_at = ? WHERE status = 'queued'",
            (os.getpid(), now(), now()))
 print("at work", flush=True)
 if manner == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
-if manner == "deaf":
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
 while manner in ("long", "deaf"):
     time.sleep(0.05)
     db.execute("UPDATE runs SET heartbeat_at = ? WHERE pid = ? AND status = 'running'", (now(), os.getpid()))
@@ -94,14 +95,16 @@ def stand_in(settings: Settings, manner: str) -> tuple[str, ...]:
 
 
 @contextmanager
-def ticking(settings: Settings, manner: str = "quick") -> Iterator[Clock]:
+def ticking(settings: Settings, manner: str = "quick") -> Iterator[None]:
     """A clock in this process."""
     one = Clock(settings, once=stand_in(settings, manner))
-    one.start()
+    thread = threading.Thread(target=one.run)
+    thread.start()
     try:
-        yield one
+        yield
     finally:
         one.stop()
+        thread.join()
 
 
 @contextmanager
@@ -217,7 +220,7 @@ def test_a_run_that_was_due_while_no_clock_ran_happens_once_at_the_next_start(se
 
 
 def test_enough_new_votes_start_a_run_as_soon_as_none_is_under_way(settings: Settings, db: Database) -> None:
-    with ticking(settings, "long") as one:
+    with ticking(settings, "long"):
         first = request(db)
         until(lambda: running(db))
         schedule = add(db, ScheduleKind.VOTES, "2", since="2026-01-01T00:00:00.000Z")
@@ -237,7 +240,6 @@ def test_enough_new_votes_start_a_run_as_soon_as_none_is_under_way(settings: Set
         second = until(lambda: schedules.get(db, schedule.id).last_run)
         assert second != first
         until(lambda: running(db))
-        assert one is not None
     assert runs.get(db, second).status is RunStatus.CANCELLED
 
 
@@ -392,15 +394,10 @@ def test_a_run_goes_on_where_its_clock_is_killed_and_the_next_clock_ends_it(sett
     assert len(runs.list_runs(db)) == 1
 
 
-def test_a_run_that_had_not_begun_when_the_clock_stopped_waits_for_the_next(
-    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_run_that_had_not_begun_when_the_clock_stopped_waits_for_the_next(settings: Settings, db: Database) -> None:
     id = request(db)
-    sleeper = (sys.executable, "-I", "-S", "-c", "import time; time.sleep(600)")
-    slow = Clock(settings, once=sleeper)  # still imports torch, say
-    slow.start()
-    until(lambda: (settings.state / "logs" / "train.log").exists())
-    slow.stop()
+    with ticking(settings, "asleep"):  # it still imports torch, say
+        until(lambda: (settings.state / "logs" / "train.log").exists())
     assert runs.get(db, id).status is RunStatus.QUEUED
     with ticking(settings):
         assert until(lambda: ended(db, id)).status is RunStatus.SUCCEEDED
@@ -409,10 +406,8 @@ def test_a_run_that_had_not_begun_when_the_clock_stopped_waits_for_the_next(
 def test_a_run_that_does_not_end_is_killed(settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(clock, "STOP_S", 0.2)
     id = request(db)
-    one = Clock(settings, once=stand_in(settings, "deaf"))
-    one.start()
-    until(lambda: running(db))
-    one.stop()
+    with ticking(settings, "deaf"):
+        until(lambda: running(db))
     run = runs.get(db, id)
     assert run.status is RunStatus.FAILED
     assert "SIGKILL" in (run.error or "")

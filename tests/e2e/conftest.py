@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -96,10 +97,17 @@ def wait_until(condition: Callable[[], object], limit_s: float, what: str) -> No
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    folder = tmp_path_factory.mktemp("a house")  # a space in the path, on purpose
+    with running_house(tmp_path_factory.mktemp("a house")) as started:  # a space in the path, on purpose
+        yield started
+
+
+@contextmanager
+def running_house(folder: Path, settings: dict[str, str] | None = None) -> Iterator[House]:
+    """`make up` on a port of its own, with its state in `folder`; `settings` by their names in the environment."""
     state, output, port = folder / "state", folder / "up.log", free_port()
     url = f"http://127.0.0.1:{port}"
     environment = os.environ | {"NIGHTSHIFT_STATE": str(state), "NIGHTSHIFT_SERVER__PORT": str(port)}
+    environment |= settings or {}
     for name in ("MAKEFLAGS", "MAKELEVEL", "ARGS"):  # this make is nobody's child
         environment.pop(name, None)
     with output.open("w") as log:

@@ -323,7 +323,8 @@ def policies_show(
     for duel in fought:
         typer.echo(
             f"The {duel['kind']} of {duel['challenger']} against {duel['incumbent']} is {duel['status']}:"
-            f" {duel['wins']} wins, {duel['losses']} losses, {duel['ties']} ties; E = {duel['e_value']:.3g} of {duel['threshold']:g},"
+            f" {duel['wins']} wins, {duel['losses']} losses, {duel['ties']} ties;"
+            f" E = {duel['e_value']:.3g} of {duel['threshold']:g},"
             f" mirrored {duel['e_mirrored']:.3g}; it wins {duel['rate_low']:.0%} to {duel['rate_high']:.0%}"
         )
     for swap in swapped:

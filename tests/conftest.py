@@ -110,6 +110,8 @@ class FakeEngine:
         self.health = 200
         self.models: Callable[[], web.Response] | None = None
         self.refuses_load: Refusal | None = None
+        self.refuses_only: str | None = None
+        """The one policy that `refuses_load` is about."""
         self.load_gate: asyncio.Event | None = None
         """Loads wait for it."""
         self.dies_at_load = False
@@ -171,7 +173,7 @@ class FakeEngine:
             _break(request)
             asyncio.get_running_loop().call_soon(lambda: asyncio.ensure_future(self.stop()))
             return web.Response()
-        if self.refuses_load is not None:
+        if self.refuses_load is not None and self.refuses_only in (None, name):
             return _error(self.refuses_load, "InvalidUserInput")
         if name in self.adapters:
             return _error(Refusal(400, f"The lora adapter '{name}' has already been loaded."), "InvalidUserInput")

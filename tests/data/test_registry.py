@@ -4,17 +4,18 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 from sqlite_utils import Database
 
-from data import registry
+from data import comparisons, learning, registry, runs
 from data.database import connect, transaction
 from data.registry import RegistryError
 from data.settings import Settings
-from data.types import Policy, PolicyStatus, timestamp
-from tests.conftest import write_model, write_tensors
+from data.types import BASE_POLICY, Choice, Policy, PolicyStatus, Role, timestamp
+from tests.conftest import AddPair, AddPolicy, MakeKey, write_model, write_tensors
 
 
 def insert(db: Database, name: str, status: str, path: str | None = None) -> None:
@@ -162,6 +163,71 @@ def test_a_link_that_leads_outside_is_refused(db: Database, settings: Settings, 
         registry.checked_folder(settings.state, policy)
 
 
+@pytest.mark.parametrize(
+    ("change", "why"),
+    [
+        (lambda folder: _write(folder / "adapter_model.bin", b"x"), "nothing else"),
+        (lambda folder: (folder / "adapter_model.safetensors").unlink(), "nothing else"),
+        (lambda folder: _write(folder / "adapter_config.json", b'{"peft_type": "LORA", "r": 17}'), "rank 17"),
+        (lambda folder: _write(folder / "adapter_config.json", b'{"peft_type": "IA3", "r": 1}'), "IA3"),
+        (lambda folder: _write(folder / "adapter_config.json", b"no JSON"), "no rank"),
+    ],
+)
+def test_a_folder_that_vllm_must_not_see_is_refused(
+    db: Database, settings: Settings, add_policy: AddPolicy, change: Callable[[Path], object], why: str
+) -> None:
+    policy = registry.get(db, add_policy(change=change))
+    assert registry.checked_folder(settings.state, policy), "it is what was published"
+    with pytest.raises(RegistryError, match=why):
+        registry.servable_folder(db, settings.state, policy, max_rank=16)
+
+
+def test_a_folder_of_the_running_model_is_served(db: Database, settings: Settings, add_policy: AddPolicy) -> None:
+    policy = registry.get(db, add_policy())
+    folder = registry.servable_folder(db, settings.state, policy, max_rank=1)
+    assert folder == registry.checked_folder(settings.state, policy)
+    with pytest.raises(RegistryError, match="another base model"):
+        registry.servable_folder(db, settings.state, replace(policy, base_model="0" * 64), max_rank=1)
+
+
+# Where a policy comes from
+
+
+def test_a_lineage_leads_from_the_policy_to_the_exact_votes_and_their_comparisons(
+    db: Database, add_policy: AddPolicy, add_pair: AddPair, make_key: MakeKey
+) -> None:
+    voter = make_key()[0].id
+    pairs = [add_pair(voter, policies=(BASE_POLICY, BASE_POLICY)) for _ in range(3)]
+    ids = []
+    with transaction(db):
+        for pair, choice in zip(pairs, (Choice.A, Choice.TIE, Choice.B), strict=True):
+            cast = comparisons.vote(db, pair, key_id=voter, role=Role.USER, choice=choice, comment=None, window_s=600.0)
+            ids.append(cast.vote.id)
+        run = runs.request(db, requested_by="cli", config={})
+        learning.record_votes(db, run.id, [(ids[0], "a", "train", 1.0), (ids[2], "b", "held_out", 0.5)])
+        row = learning.RewardModelRow("rm_1", run.id, "reward_models/rm_1", "", {"accuracy": 0.8})
+        learning.insert_reward_model(db, row)
+        # It was changed after the run had learned from it.
+        comparisons.vote(db, pairs[0], key_id=voter, role=Role.USER, choice=Choice.B, comment=None, window_s=600.0)
+    name = add_policy(run_id=run.id, reward_model="rm_1")
+    lineage = registry.lineage(db, name)
+    assert (lineage["policy"], lineage["parent"]) == (name, BASE_POLICY)
+    assert (lineage["run"]["id"], lineage["run"]["requested_by"]) == (run.id, "cli")
+    assert lineage["reward_model"] == {"id": "rm_1", "report": {"accuracy": 0.8}}
+    assert [(v["vote"], v["choice"], v["split"], v["weight"], v["comparison"]) for v in lineage["votes"]] == [
+        (ids[0], "a", "train", 1.0, pairs[0]), (ids[2], "b", "held_out", 0.5, pairs[2]),
+    ]  # fmt: skip
+    assert {(v["voter"], v["policy_a"], v["policy_b"]) for v in lineage["votes"]} == {(voter, BASE_POLICY, BASE_POLICY)}
+
+
+def test_a_policy_without_a_run_has_a_short_lineage(db: Database) -> None:
+    assert registry.lineage(db, BASE_POLICY) == {
+        "policy": BASE_POLICY, "parent": None, "run": None, "reward_model": None, "votes": [],
+    }  # fmt: skip
+    with pytest.raises(registry.UnknownPolicy):
+        registry.lineage(db, "policy-0009")
+
+
 # Rows
 
 
@@ -186,6 +252,10 @@ def test_when_another_policy_serves_the_old_one_retires(db: Database) -> None:
         registry.set_serving(db, "policy-0001")
     statuses = {policy.name: policy.status for policy in registry.list_policies(db)}
     assert statuses == {"policy-0000": PolicyStatus.RETIRED, "policy-0001": PolicyStatus.SERVING}
+    with transaction(db):
+        assert registry.set_serving(db, "policy-0000") == "policy-0001"
+    statuses = {policy.name: policy.status for policy in registry.list_policies(db)}
+    assert statuses == {"policy-0000": PolicyStatus.SERVING, "policy-0001": PolicyStatus.ROLLED_BACK}
 
 
 def test_a_record_without_policies_has_none_to_serve(tmp_path: Path) -> None:

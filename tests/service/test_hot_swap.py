@@ -555,3 +555,10 @@ async def test_the_listing_says_what_became_of_every_policy(
     assert one["gate"]["checks"][0]["sentence"] == "KL is 3 nats."
     assert [swap["problem"] for swap in one["swaps"]] == [listed[1]["problem"]]
     assert (await house.call("GET", "/v1/policies/policy-9", role=Role.OPERATOR)).status == 404
+
+
+async def test_the_lineage_is_there_over_http(house: House, add_policy: AddPolicy) -> None:
+    name = add_policy()
+    lineage = await house.call("GET", f"/v1/policies/{name}/lineage", role=Role.OPERATOR)
+    assert lineage.json == {"policy": name, "parent": BASE_POLICY, "run": None, "reward_model": None, "votes": []}
+    assert (await house.call("GET", "/v1/policies/policy-9/lineage", role=Role.OPERATOR)).status == 404

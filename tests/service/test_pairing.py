@@ -7,7 +7,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from data.settings import ComparisonSettings
-from data.types import ComparisonKind, Feedback
+from data.types import ComparisonKind, Duel, DuelKind, DuelStatus, Feedback
 from service.pairing import PairPlan, plan_pair, same_text, wants_pair
 
 SETTINGS = st.builds(
@@ -92,3 +92,32 @@ def test_texts_that_differ_in_white_space_only_read_the_same(words: list[str], s
     spaced = spaces[0] + "".join(word + space for word, space in zip(words, spaces[1:], strict=False))
     assert same_text(" ".join(words), spaced)
     assert not same_text(" ".join(words), spaced + " more")
+
+
+# Duels
+
+
+DUEL = Duel(
+    "duel_1", DuelKind.TRIAL, "policy-0001", "policy-0000", 20.0, 100, DuelStatus.RUNNING, 0, 0, 0, 1.0, 1.0, 0.0, 1.0,
+    None, "", None,
+)  # fmt: skip
+
+
+@given(st.integers(), st.none() | st.integers(0, 2**31))
+def test_a_duel_draws_one_answer_from_each_policy(chance: int, seed: int | None) -> None:
+    plan = plan_pair("policy-0000", seed=seed, rng=random.Random(chance), duel=DUEL, share=1.0)
+    assert (plan.kind, plan.duel_id) == (ComparisonKind.TRIAL, "duel_1")
+    assert plan.policies == (("policy-0001", "policy-0000") if plan.swapped else ("policy-0000", "policy-0001"))
+    plain = plan_pair("policy-0000", seed=seed, rng=random.Random(chance))
+    assert (plan.seeds, plan.swapped) == (plain.seeds, plain.swapped)
+
+
+def test_a_duel_takes_its_share_of_the_pairs_and_both_sides() -> None:
+    rng = random.Random(0)
+    plans = [plan_pair("policy-0000", seed=None, rng=rng, duel=DUEL, share=0.3) for _ in range(2000)]
+    duels = [plan for plan in plans if plan.duel_id]
+    assert abs(len(duels) / 2000 - 0.3) < 4 * sqrt(0.3 * 0.7 / 2000)
+    swapped = sum(plan.swapped for plan in duels) / len(duels)
+    assert abs(swapped - 0.5) < 4 * sqrt(0.25 / len(duels))
+    assert all(plan == PairPlan(ComparisonKind.SAME_POLICY, ("policy-0000",) * 2, plan.seeds, plan.swapped)
+               for plan in plans if not plan.duel_id)  # fmt: skip

@@ -303,9 +303,10 @@ class Engines:
         raise (PolicyRefused if healthy else EngineProblem)(f"it refused {name}", said)
 
     async def _warm(self, engine: Engine, name: str) -> None:
-        # The first request after a start can take half a minute; nobody should wait for it.
+        # The first request after a start can take half a minute; nobody should wait for it. And a policy that is to
+        # serve must not wait behind the queue of the one that should not: it goes first.
         engine.problem = f"warming up {name}"
-        request = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2}
+        request = {"model": name, "messages": [{"role": "user", "content": "Hello"}], "max_tokens": 2, "priority": -1}
         url = f"{engine.url}/v1/chat/completions"
         async with self._http.post(url, json=request, timeout=LOAD_TIMEOUT) as response:
             if response.status != 200:

@@ -169,7 +169,11 @@ class HotSwap:
         return _Task(candidate.name, to_serve=False) if candidate else None
 
     def _set_to_work(self, task: _Task | None) -> None:
-        if self._work is not None and (self._work.done() or task != self._task):
+        if self._work is not None and self._work.done():
+            if not self._work.cancelled() and (error := self._work.exception()):
+                log.error("Making %s serve or stand its trial went wrong", self._task, exc_info=error)
+            self._work = None
+        elif self._work is not None and task != self._task:
             self._work.cancel()  # what is to serve now must not wait for what was
             self._work = None
         if self._work is not None:
@@ -187,8 +191,8 @@ class HotSwap:
     # The holder of the lease: load, and then flip or begin a trial
 
     async def _advance(self, task: _Task) -> None:
+        policy = registry.get(self._reader, task.policy)
         try:
-            policy = registry.get(self._reader, task.policy)
             if task.to_serve:
                 swap = await self._write(lambda db: swaps.begin(db, policy.name))
                 await self._swap(policy, swap)
@@ -245,9 +249,11 @@ class HotSwap:
 
         def begin(db: Database) -> Duel:
             self._check_lease(db)
-            now = registry.serving(db)
-            latest = registry.next_for_trial(db)
-            if now is None or now.name != incumbent.name or latest is None or latest.name != candidate.name:
+            now, latest = registry.serving(db), registry.next_for_trial(db)
+            same = (
+                now is not None and latest is not None and (now.name, latest.name) == (incumbent.name, candidate.name)
+            )
+            if not same or swaps.pending(db) is not None:
                 raise Superseded(candidate.name)
             swaps.break_off(db, reason=f"the trial of {candidate.name} begins")
             registry.set_status(db, candidate.name, PolicyStatus.TRIAL)
@@ -255,7 +261,7 @@ class HotSwap:
                 problem = f"{candidate.name} came before its trial could begin"
                 registry.set_status(db, older.name, PolicyStatus.REJECTED, problem=problem)
             # Every further trial against the same policy needs twice the evidence: over any number of them the chance
-            # of promoting one that is no better stays below alpha (1 + 1/2 + 1/4 + …).
+            # of promoting one that is no better stays below alpha (1 + 1/2 + 1/4 + …) = 2 alpha.
             threshold = 2.0 ** duels.trials_since_last_swap(db) / gate.alpha
             return duels.begin(
                 db, DuelKind.TRIAL, challenger=candidate.name, incumbent=incumbent.name,

@@ -202,7 +202,7 @@ class FakeEngine:
     async def _chat(self, request: web.Request) -> web.StreamResponse:
         body = await request.json()
         received = Received(body, {name.lower(): value for name, value in request.headers.items()})
-        warm_up = "priority" not in body
+        warm_up = body["priority"] < 0
         (self.warm_ups if warm_up else self.chats).append(received)
         if body["model"] not in self.adapters and body["model"] != "base":
             return _error(Refusal(404, f"The model `{body['model']}` does not exist.", "model"), "NotFoundError")

@@ -13,7 +13,7 @@ from data import duels, leases, registry, swaps
 from data.database import transaction
 from data.settings import Settings
 from data.types import BASE_POLICY, PolicyStatus, Role, Swap
-from tests.conftest import AddPolicy, Answer, FakeEngine, House, OpenHouse, Refusal, eventually, say
+from tests.conftest import AddPolicy, Answer, FakeEngine, House, OpenHouse, Refusal, database_locked, eventually, say
 
 
 def status(db: Database, name: str) -> PolicyStatus:
@@ -562,3 +562,19 @@ async def test_the_lineage_is_there_over_http(house: House, add_policy: AddPolic
     lineage = await house.call("GET", f"/v1/policies/{name}/lineage", role=Role.OPERATOR)
     assert lineage.json == {"policy": name, "parent": BASE_POLICY, "run": None, "reward_model": None, "votes": []}
     assert (await house.call("GET", "/v1/policies/policy-9/lineage", role=Role.OPERATOR)).status == 404
+
+
+async def test_a_record_that_cannot_be_written_for_a_while_only_delays_a_swap(
+    house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
+) -> None:
+    await eventually(lambda: status(db, BASE_POLICY) is PolicyStatus.SERVING)
+    name = add_policy(PolicyStatus.PROMOTED)
+    with database_locked(house, db):
+        await asyncio.sleep(0.5)
+        assert (await house.chat()).json["system_fingerprint"] == BASE_POLICY
+    await serves(house, name)
+
+
+async def test_warm_ups_go_before_what_waits(house: House, engine: FakeEngine) -> None:
+    await house.chat()
+    assert engine.warm_ups[0].body["priority"] < engine.chats[0].body["priority"]

@@ -327,6 +327,9 @@ def engine_environment(settings: Settings) -> dict[str, str]:
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",
         # Its threads would else wait for one another in a busy loop, on the cores that the gateway and training need.
         "OMP_WAIT_POLICY": "PASSIVE",
+        # And so would a worker process for the engine's: for a second after each request, which is for ever where
+        # somebody asks every second. This makes the engine its own worker; the engine still has a process of its own.
+        "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
         # Some helpers of vLLM (the ranks of logprobs, say) compile C++ at their first use even under --enforce-eager.
         # That takes seconds in which nobody is answered, and where gcc is missing, or the installation's path has a
         # space in it, it fails and takes the engine down: one request with logprobs would do.

@@ -159,6 +159,14 @@ def test_the_engine_listens_on_loopback_only_and_adapters_can_be_loaded() -> Non
     assert environment["VLLM_SERVER_DEV_MODE"] == "0"
 
 
+def test_on_a_cpu_nothing_of_the_engine_waits_in_a_busy_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    for on_cpu in (True, False):
+        monkeypatch.setattr(supervisor, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        environment = supervisor.engine_environment(Settings())
+        assert (environment.get("OMP_WAIT_POLICY") == "PASSIVE") is on_cpu
+        assert (environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0") is on_cpu
+
+
 def tiny_model(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")

@@ -698,6 +698,7 @@ async def open_house(settings: Settings) -> AsyncIterator[OpenHouse]:
             house = House(url, app, own, http)
             if ready:
                 await eventually(house.is_ready)
+                await eventually(lambda: registry.serving(house.state.reader).status is PolicyStatus.SERVING)
             return house
 
         yield open_

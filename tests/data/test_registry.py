@@ -214,9 +214,9 @@ def test_a_lineage_leads_from_the_policy_to_the_exact_votes_and_their_comparison
     assert (lineage["policy"], lineage["parent"]) == (name, BASE_POLICY)
     assert (lineage["run"]["id"], lineage["run"]["requested_by"]) == (run.id, "cli")
     assert lineage["reward_model"] == {"id": "rm_1", "report": {"accuracy": 0.8}}
-    assert [(v["vote"], v["choice"], v["split"], v["weight"], v["comparison"]) for v in lineage["votes"]] == [
+    assert {(v["vote"], v["choice"], v["split"], v["weight"], v["comparison"]) for v in lineage["votes"]} == {
         (ids[0], "a", "train", 1.0, pairs[0]), (ids[2], "b", "held_out", 0.5, pairs[2]),
-    ]  # fmt: skip
+    }  # fmt: skip
     assert {(v["voter"], v["policy_a"], v["policy_b"]) for v in lineage["votes"]} == {(voter, BASE_POLICY, BASE_POLICY)}
 
 

@@ -32,9 +32,7 @@ def nightshift(settings: Settings) -> Command:
 @pytest.fixture
 async def house(open_house: OpenHouse, engine: FakeEngine, db: Database) -> House:
     """The API, policy-0000 in service, where no candidate goes on trial by itself."""
-    house = await open_house(engine, gate={"mode": "manual"})
-    await eventually(lambda: registry.get(db, BASE_POLICY).status is PolicyStatus.SERVING)
-    return house
+    return await open_house(engine, gate={"mode": "manual"})
 
 
 def test_a_version_is_shown_with_the_gate_s_sentences(nightshift: Command, add_policy: AddPolicy) -> None:

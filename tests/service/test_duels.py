@@ -38,9 +38,7 @@ def by_policy(body: dict[str, Any]) -> Reply:
 @pytest.fixture
 async def house(open_house: OpenHouse, engine: FakeEngine, db: Database) -> House:
     engine.answer = by_policy
-    house = await open_house(engine, gate=ALL)
-    await eventually(lambda: status(db, BASE_POLICY) is PolicyStatus.SERVING)
-    return house
+    return await open_house(engine, gate=ALL)
 
 
 def status(db: Database, name: str) -> PolicyStatus:

@@ -203,7 +203,6 @@ async def test_where_one_of_two_engines_fails_nothing_flips_and_the_other_gives_
     dead: str,
 ) -> None:
     house = await open_house(engine, second_engine, gate=MANUAL)
-    await eventually(lambda: status(db, BASE_POLICY) is PolicyStatus.SERVING)
     if dead == "refuses":
         second_engine.refuses_load = Refusal(500, "no room")
     else:
@@ -223,7 +222,6 @@ async def test_an_engine_that_died_during_the_load_and_comes_back_gets_the_polic
     open_house: OpenHouse, engine: FakeEngine, second_engine: FakeEngine, db: Database, add_policy: AddPolicy
 ) -> None:
     house = await open_house(engine, second_engine, gate=MANUAL)
-    await eventually(lambda: status(db, BASE_POLICY) is PolicyStatus.SERVING)
     second_engine.dies_at_load = True
     name = add_policy(PolicyStatus.PROMOTED)
     await eventually(lambda: latest(db).problem is not None)
@@ -344,7 +342,6 @@ async def test_a_crash_between_load_and_flip_leaves_a_policy_that_the_next_start
     add_policy: AddPolicy,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    await eventually(lambda: status(db, BASE_POLICY) is PolicyStatus.SERVING)
 
     def killed(*_: object) -> None:
         house.state.hot_swap._leads = False
@@ -385,7 +382,6 @@ async def test_of_two_processes_on_one_record_one_swaps_and_both_follow(
 async def test_who_lost_the_lease_while_loading_flips_nothing(
     house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
 ) -> None:
-    await eventually(lambda: status(db, BASE_POLICY) is PolicyStatus.SERVING)
     engine.load_gate = asyncio.Event()
     name = add_policy(PolicyStatus.PROMOTED)
     await eventually(lambda: len(engine.loads) == 2)
@@ -491,7 +487,6 @@ async def test_a_way_back_is_not_held_up_by_a_swap_that_hangs(
 async def test_what_cannot_be_promoted_is_answered_with_the_reason(
     house: House, db: Database, add_policy: AddPolicy, name: str, code: int, why: str
 ) -> None:
-    await eventually(lambda: status(db, BASE_POLICY) is PolicyStatus.SERVING)
     add_policy(PolicyStatus.REJECTED, gate=False)
     answer = await house.call("POST", f"/v1/policies/{name}/promote", role=Role.OPERATOR)
     assert answer.status == code
@@ -541,7 +536,6 @@ async def test_metrics_name_the_policy_that_serves_and_count_the_swaps(house: Ho
 async def test_the_listing_says_what_became_of_every_policy(
     house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
 ) -> None:
-    await eventually(lambda: status(db, BASE_POLICY) is PolicyStatus.SERVING)
     engine.refuses_load = Refusal(500, "not this one")
     add_policy(PolicyStatus.PROMOTED)
     await eventually(lambda: status(db, "policy-0001") is PolicyStatus.REJECTED)
@@ -567,7 +561,6 @@ async def test_the_lineage_is_there_over_http(house: House, add_policy: AddPolic
 async def test_a_record_that_cannot_be_written_for_a_while_only_delays_a_swap(
     house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
 ) -> None:
-    await eventually(lambda: status(db, BASE_POLICY) is PolicyStatus.SERVING)
     name = add_policy(PolicyStatus.PROMOTED)
     with database_locked(house, db):
         await asyncio.sleep(0.5)

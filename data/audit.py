@@ -1,5 +1,7 @@
 """Who did what to what: every act of an operator leaves a row."""
 
+from typing import Any
+
 from sqlite_utils import Database
 
 from data.types import timestamp
@@ -11,3 +13,8 @@ def record(db: Database, *, actor: str, action: str, subject: str) -> None:
         "INSERT INTO audit (at, actor, action, subject) VALUES (?, ?, ?, ?)",
         (timestamp(), actor, action, subject),
     )
+
+
+def latest(db: Database, *, limit: int) -> list[dict[str, Any]]:
+    """Acts, the latest first."""
+    return list(db.query("SELECT id, at, actor, action, subject FROM audit ORDER BY id DESC LIMIT ?", (limit,)))

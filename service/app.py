@@ -16,7 +16,7 @@ from data import registry, swaps
 from data.database import Writer, connect
 from data.settings import Settings, load_settings
 from data.types import Key, Policy, Role
-from service import admin, chat, comparisons, errors, policies, runs, schedules, web
+from service import admin, board, chat, comparisons, errors, policies, runs, schedules, web
 from service.auth import needs
 from service.engine import Engines
 from service.errors import ApiError, not_ready
@@ -46,7 +46,7 @@ def create_app(settings: Settings | None = None, *, rng: random.Random | None = 
     metrics = Metrics()
     app = FastAPI(title="Nightshift", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
-    for part in (chat, comparisons, policies, admin, web, runs, schedules):
+    for part in (chat, comparisons, policies, admin, web, runs, schedules, board):
         app.include_router(part.router)
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_api_route("/healthz", healthz, methods=["GET"])

@@ -53,6 +53,11 @@ async def rating_desk(request: Request) -> Response:
     return _page(request, "rate.html")
 
 
+@router.get("/board")
+async def operators_board(request: Request) -> Response:
+    return _page(request, "board.html")
+
+
 @router.get("/sign-in")
 async def sign_in_page(request: Request) -> Response:
     """Where sign-in links lead, whoever is signed in."""

@@ -7,6 +7,7 @@ const ROLES = ["user", "rater", "operator"];
 const FACES = [
   { path: "/", name: "Chat", role: "user" },
   { path: "/rate", name: "Rate", role: "rater" },
+  { path: "/board", name: "Board", role: "operator" },
 ];
 
 /** Fill the header; resolves to the session, or to null after saying what is wrong. */

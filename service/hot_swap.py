@@ -100,6 +100,8 @@ class HotSwap:
         self._task: _Task | None = None
         self._work: asyncio.Task[None] | None = None
         self._pauses: dict[_Task, _Pause] = {}
+        self._ready: set[str] = set()
+        """The engines that were in traffic at our last look, by URL."""
         self._unwanted: dict[str, float] = {}
         """Policies that the engines hold and nobody wants, each with the time (monotonic) since when."""
         self._settled = ""
@@ -150,6 +152,10 @@ class HotSwap:
             try:
                 self.duel = duels.running(self._reader)
                 self._engines.follow()
+                ready = {engine.url for engine in self._engines.engines if engine.ready}
+                if ready - self._ready:
+                    self._pauses.clear()  # what failed because an engine was away need not wait any longer
+                self._ready = ready
                 self._set_to_work(self._next_task() if self._leads else None)
             except UNREADABLE as error:
                 self._tell(f"The record cannot be followed: {error}")

@@ -1,6 +1,7 @@
 """The API as a process of its own, killed in the middle of a swap; and a disk that is full just then."""
 
 import asyncio
+import math
 import os
 import signal
 import sys
@@ -101,3 +102,18 @@ async def test_a_swap_that_cannot_be_written_down_is_made_when_it_can(
     await eventually(lambda: house.state.engines.serving == name)
     assert registry.get(db, name).status is PolicyStatus.SERVING
     assert "disk is full" in caplog.text
+
+
+async def test_a_swap_waits_no_longer_than_for_the_engine_that_was_away(
+    open_house: OpenHouse, engine: FakeEngine, second_engine: FakeEngine, db: Database, add_policy: AddPolicy
+) -> None:
+    house = await open_house(engine, second_engine)
+    await eventually(lambda: all(one.ready for one in house.state.engines.engines))
+    await second_engine.stop()
+    await eventually(lambda: not all(one.ready for one in house.state.engines.engines))
+    name = add_policy(PolicyStatus.PROMOTED)
+    await eventually(lambda: "engine 2" in (registry.get(db, name).problem or ""))
+    for pause in house.state.hot_swap._pauses.values():
+        pause.until = math.inf  # as after many tries, but longer
+    await second_engine.start()
+    await eventually(lambda: house.state.engines.serving == name)

@@ -224,10 +224,10 @@ async def mock_upstream(folder: Path) -> AsyncIterator[Lane]:
 
 
 @asynccontextmanager
-async def vllm(folder: Path, model: Path) -> AsyncIterator[Lane]:
-    """vLLM as `nightshift up` starts it."""
+async def vllm(folder: Path, model: Path, *, port: int = 0, key: str = "") -> AsyncIterator[Lane]:
+    """vLLM as `nightshift up` starts it, on a free port and with a fresh key unless told."""
     settings = Settings(state=folder)
-    port, key = free_port(), secrets.token_urlsafe(16)
+    port, key = port or free_port(), key or secrets.token_urlsafe(16)
     log = folder / "engine.log"
     environment = engine_environment(settings) | {"VLLM_API_KEY": key}
     async with running(engine_command(settings, model, port), log, environment) as process:

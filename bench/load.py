@@ -23,6 +23,8 @@ class Exchange:
     last_byte: float = 0.0
     status: int = 0
     body: bytearray = field(default_factory=bytearray)
+    pieces: list[float] = field(default_factory=list)
+    """When each piece of the body came."""
 
     @property
     def first_byte_s(self) -> float:
@@ -69,6 +71,7 @@ class _Connection(asyncio.Protocol):
         if not self._exchange.first_byte:
             self._exchange.first_byte = self._arrived
         self._exchange.body += body
+        self._exchange.pieces.append(self._arrived)
 
     def on_message_complete(self) -> None:
         assert self._done is not None

@@ -1,9 +1,17 @@
 """Every command in the README is run."""
 
 import re
+import shutil
 import subprocess
+from contextlib import closing
+from dataclasses import replace
 from pathlib import Path
 
+import pytest
+
+from data import registry
+from data.database import connect, transaction
+from data.types import BASE_POLICY, PolicyStatus, timestamp
 from tests.e2e.conftest import REPOSITORY, House
 
 RUN_ELSEWHERE = {
@@ -16,7 +24,22 @@ def shell_blocks() -> list[str]:
     return re.findall(r"^```sh\n(.*?)^```", (REPOSITORY / "README.md").read_text(), re.DOTALL | re.MULTILINE)
 
 
-def test_every_command_in_the_readme_works(house: House, tmp_path: Path) -> None:
+@pytest.fixture
+def candidate(house: House) -> None:
+    """policy-0001, a copy of the base policy, for an operator to promote."""
+    with closing(connect(house.state / "nightshift.db")) as db:
+        (base,) = [policy for policy in registry.list_policies(db) if policy.name == BASE_POLICY]
+        path, sha256 = registry.publish_folder(
+            house.state,
+            "policy-0001",
+            lambda folder: shutil.copytree(house.state / base.path, folder, dirs_exist_ok=True),
+        )
+        copy = replace(base, name="policy-0001", parent=BASE_POLICY, path=path, sha256=sha256)
+        with transaction(db):
+            registry.insert(db, replace(copy, status=PolicyStatus.CANDIDATE, created_at=timestamp()))
+
+
+def test_every_command_in_the_readme_works(house: House, candidate: None, tmp_path: Path) -> None:
     commands = []
     for block in shell_blocks():
         for line in block.replace("\\\n", " ").splitlines():
@@ -38,3 +61,7 @@ def test_every_command_in_the_readme_works(house: House, tmp_path: Path) -> None
     assert done.returncode == 0, f"{done.stdout}\n{done.stderr}"
     assert '"policies":{"a":"policy-0000","b":"policy-0000"}' in done.stdout
     assert '"prompt"' in (tmp_path / "votes.jsonl").read_text()
+    assert house.rows("SELECT name, status FROM policies ORDER BY name") == [
+        (BASE_POLICY, "serving"),
+        ("policy-0001", "rolled_back"),
+    ]

@@ -18,7 +18,7 @@ def summary(db: Database) -> dict[str, Any]:
     first: far from 0.5 means position bias."""
     completions = dict(db.execute("SELECT status, count(*) FROM completions GROUP BY status").fetchall())
     comparisons = dict(db.execute("SELECT kind, count(*) FROM comparisons GROUP BY kind").fetchall())
-    votes = dict(db.execute("SELECT choice, count(*) FROM votes GROUP BY choice").fetchall())
+    votes = choices(db)
     decisive = votes.get("a", 0) + votes.get("b", 0)
     serving = db.execute("SELECT name FROM policies WHERE status = 'serving'").fetchone()
     return {
@@ -28,6 +28,11 @@ def summary(db: Database) -> dict[str, Any]:
         "votes": votes,
         "first_share": votes.get("a", 0) / decisive if decisive else None,
     }
+
+
+def choices(db: Database) -> dict[str, int]:
+    """How often people voted what."""
+    return dict(db.execute("SELECT choice, count(*) FROM votes GROUP BY choice").fetchall())
 
 
 def interval(count: int, total: int) -> tuple[float, float]:
@@ -69,7 +74,9 @@ def votes_by_day(db: Database, *, days: int, now: datetime | None = None) -> lis
 def agreement(db: Database) -> dict[str, Any]:
     """Of two people who voted on the same pair, and each for one of its answers, how often it was the same one."""
     pairs, agreed = db.execute(
-        "SELECT count(*), coalesce(sum(mine.choice = other.choice), 0) FROM votes AS mine"
+        "WITH judged_twice AS (SELECT comparison_id FROM votes GROUP BY comparison_id HAVING count(*) > 1)"
+        " SELECT count(*), coalesce(sum(mine.choice = other.choice), 0) FROM judged_twice"
+        " JOIN votes AS mine ON mine.comparison_id = judged_twice.comparison_id"
         " JOIN votes AS other ON other.comparison_id = mine.comparison_id AND other.key_id > mine.key_id"
         " WHERE mine.choice IN ('a', 'b') AND other.choice IN ('a', 'b')"
     ).fetchone()
@@ -84,13 +91,11 @@ def gold_answers(db: Database) -> dict[str, Any]:
     return _share(right, asked)
 
 
-def first_share(db: Database) -> dict[str, Any]:
+def first_share(choices: dict[str, int]) -> dict[str, Any]:
     """How often a decisive vote went to the answer shown first. Sides are drawn by chance, so an interval without 0.5
     means that the place is what people vote for."""
-    first, decisive = db.execute(
-        "SELECT coalesce(sum(choice = 'a'), 0), count(*) FROM votes WHERE choice IN ('a', 'b')"
-    ).fetchone()
-    return _share(first, decisive)
+    first, second = choices.get(Choice.A, 0), choices.get(Choice.B, 0)
+    return _share(first, first + second)
 
 
 def votes_since_last_run(db: Database) -> int:

@@ -76,18 +76,19 @@ async def _read(state: State, read: Callable[[Database], T]) -> T:
 
 
 def _board(db: Database, settings: Settings) -> dict[str, Any]:
+    choices = stats.choices(db)
     duel = duels.running(db) or next(iter(duels.list_duels(db, limit=1)), None)
     return {
         "at": timestamp(),
         "votes": {
             "days": stats.votes_by_day(db, days=DAYS),
-            "choices": stats.summary(db)["votes"],
+            "choices": choices,
             "since_last_run": stats.votes_since_last_run(db),
             "needed": settings.training.min_votes,
         },
         "agreement": stats.agreement(db),
         "gold": stats.gold_answers(db),
-        "first_share": stats.first_share(db),
+        "first_share": stats.first_share(choices),
         "reward_models": stats.reward_reports(db, limit=REWARD_MODELS),
         "runs": [run_json(run) for run in runs.list_runs(db, limit=RUNS)],
         "clock_runs": leases.holder_of(db, CLOCK) is not None,

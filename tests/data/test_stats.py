@@ -36,7 +36,7 @@ def test_an_empty_record_has_no_share(db: Database) -> None:
     assert figures["first_share"] is None
     assert figures["serving"] is None
     nothing = {"count": 0, "total": 0, "share": None, "low": 0.0, "high": 1.0}
-    assert stats.agreement(db) == stats.first_share(db) == stats.gold_answers(db) == nothing
+    assert stats.agreement(db) == stats.first_share(stats.choices(db)) == stats.gold_answers(db) == nothing
     assert stats.votes_since_last_run(db) == 0
     assert stats.reward_reports(db, limit=5) == []
     assert stats.thinned_curve(db, "duel_none", points=5) == []
@@ -51,7 +51,7 @@ def test_the_share_of_the_first_is_of_the_decisive_votes(db: Database, add_pair:
     assert figures["comparisons"] == {"same_policy": 6}
     assert figures["votes"] == {"a": 3, "b": 1, "tie": 1, "both_bad": 1}
     assert figures["first_share"] == 0.75
-    share = stats.first_share(db)
+    share = stats.first_share(stats.choices(db))
     assert (share["count"], share["total"], share["share"]) == (3, 4, 0.75)
     assert share["low"] < 0.5 < share["high"]
 

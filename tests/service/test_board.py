@@ -1,5 +1,7 @@
 """What the operator's board is told."""
 
+from typing import Any
+
 from sqlite_utils import Database
 
 from data import duels, runs
@@ -8,10 +10,10 @@ from data.types import BASE_POLICY, PolicyStatus, Role, RunStatus
 from tests.conftest import AddPair, AddPolicy, FakeEngine, House, OpenHouse, Refusal, eventually
 
 
-async def board(house: House) -> dict:  # type: ignore[type-arg]
+async def board(house: House) -> dict[str, Any]:
     answer = await house.call("GET", "/v1/board", role=Role.OPERATOR)
     assert answer.status == 200
-    whole: dict = answer.json  # type: ignore[type-arg]
+    whole: dict[str, Any] = answer.json
     return whole
 
 

@@ -52,9 +52,12 @@ from data.types import BASE_POLICY, Feedback, Policy, PolicyStatus, Role, timest
 from service.supervisor import find_model
 from trainer.backbone import Backbone
 
-STREAM_TOKENS = 64
+FEWEST_TOKENS, MOST_TOKENS = 16, 96
+"""Of an answer; all lengths between are as likely, so that clients do not fall into step."""
 WINDOW_S = 3.5
 """Longer than a swap takes, with the unloading of the policy before."""
+ROLLBACK_EVERY = 8
+"""Swaps."""
 PATIENCE_S = 60.0
 """For a swap to come to its end, and for the service to come back after a restart."""
 RETRY_S = 0.25
@@ -183,7 +186,8 @@ class Answer:
     status: int = 200
 
     @classmethod
-    def of(cls, exchange: Exchange) -> "Answer":
+    def of(cls, exchange: Exchange, *, wanted: int) -> "Answer":
+        """`wanted`: how many tokens were asked for."""
         policy, text, reason, tokens, done = None, "", None, 0, False
         if exchange.status == 200:
             for event in bytes(exchange.body).split(b"\n\n"):
@@ -196,7 +200,7 @@ class Answer:
                         text += choice["delta"].get("content") or ""
                         reason = choice.get("finish_reason") or reason
                     tokens = (chunk.get("usage") or {}).get("completion_tokens", tokens)
-        whole = done and reason == "length" and tokens == STREAM_TOKENS
+        whole = done and reason == "length" and tokens == wanted
         return cls(policy, frozenset(text.split()), whole, exchange.sent, exchange.pieces, exchange.status)
 
     @property
@@ -239,12 +243,13 @@ class Clients:
 
     async def _ask_on(self) -> None:
         while not self._stop:
+            wanted = self._rng.randint(FEWEST_TOKENS, MOST_TOKENS)
             body = self._lane.body(
-                stream=True, max_tokens=STREAM_TOKENS, logit_bias=self._bias, seed=self._rng.randrange(2**31),
+                stream=True, max_tokens=wanted, logit_bias=self._bias, seed=self._rng.randrange(2**31),
                 messages=[{"role": "user", "content": f"Tell me about the number {self._rng.randrange(1000)}."}],
             )  # fmt: skip
             try:
-                answer = Answer.of(await self._lane.target.post("/v1/chat/completions", body))
+                answer = Answer.of(await self._lane.target.post("/v1/chat/completions", body), wanted=wanted)
             except OSError:
                 answer = None
             if answer is not None and answer.status == 200:
@@ -355,11 +360,9 @@ async def swaps(
     serving = speakers[0].policy
     for number, speaker in enumerate(speakers[1:], 1):
         note(f"swap {number} of {len(speakers) - 1}")
-        gc.collect()
         await window(Kind.QUIET, serving)
         await window(Kind.SWAP, speaker.policy, f"/v1/policies/{speaker.policy}/promote")
         if number % rollback_every == 0:
-            gc.collect()
             await window(Kind.QUIET, speaker.policy)
             await window(Kind.ROLLBACK, serving, "/v1/policies/rollback")
         else:
@@ -368,7 +371,7 @@ async def swaps(
 
 
 async def bench(folder: Path, model: Path, options: argparse.Namespace) -> tuple[Taken, Restart]:
-    gc.disable()  # pauses of ours would look like theirs; collected between the windows
+    gc.disable()  # pauses of ours would look like theirs
     async with AsyncExitStack() as stack:
         note("starting vLLM")
         engine_stack = await stack.enter_async_context(AsyncExitStack())
@@ -392,7 +395,7 @@ async def bench(folder: Path, model: Path, options: argparse.Namespace) -> tuple
         await clients.answered_by(first, since=time.perf_counter())
         await asyncio.sleep(WINDOW_S)
         began = time.perf_counter()
-        windows = await swaps(clients, operator, speakers, rollback_every=4 if options.quick else 10)
+        windows = await swaps(clients, operator, speakers, rollback_every=min(options.swaps, ROLLBACK_EVERY))
         await clients.stop()
         answers = [answer for answer in clients.answers if answer.sent >= began]
         taken = Taken(answers, len(clients.refused), windows, {s.policy: s.word for s in speakers})
@@ -427,7 +430,7 @@ def figures(taken: Taken, restart: Restart, options: argparse.Namespace) -> dict
         "baseline_gap_ms": round(max(baseline), 1),
         "ttft_added_ms_p50": round(median(taken.ttft_added_ms()), 1),
         "swap_ms_p50": round(median(map(taken.took_ms, taken.of(Kind.SWAP))), 1),
-        "rollback_ms": round(max(map(taken.took_ms, taken.of(Kind.ROLLBACK)), default=float("nan")), 1),
+        "rollback_ms": round(max(map(taken.took_ms, taken.of(Kind.ROLLBACK))), 1),
         "restart_ms": round(restart.silence_ms),
         "restart_failed": restart.failed,
         "answers": len(taken.answers),

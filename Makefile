@@ -37,7 +37,7 @@ check: .venv/installed-$(EXTRA)-dev
 	@.venv/bin/hadolint Dockerfile
 
 screenshots: .venv/installed-$(EXTRA)-dev
-	@$(PY) -m pytest tests/browser/take_screenshots.py
+	@$(PY) -m pytest tests/browser/take_screenshots.py tests/browser/take_board_screenshots.py
 
 install: .venv/installed-$(EXTRA)
 

@@ -10,6 +10,7 @@ import { openPage } from "./shell.js";
 import { dayOf, did, exactly, plural, when, who } from "./words.js";
 
 const LOOK_MS = 3000;
+const DAY_MS = 86_400_000;
 
 let board = null;
 let timer = null;
@@ -163,8 +164,11 @@ function alarms() {
     .map((engine) => [`The engine at ${engine.url} gets no traffic: ${engine.problem}.`, "nightshift doctor says more."]);
   if (!board.engines.length) wrong.push(["No engine is named, so nobody is answered.", "Start `nightshift up`, or name one in engine.urls."]);
   if (run?.status === "failed") wrong.push([["The last run failed ", when(run.ended_at), "."], run.error]);
-  const waits = board.swaps.find((swap) => swap.policy === board.pending && !swap.flipped_at && swap.problem);
-  if (waits) wrong.push([`${waits.policy} cannot serve yet.`, waits.problem]);
+  const swap = board.swaps[0];
+  const isLate = swap?.policy === board.pending;
+  if (swap && !swap.flipped_at && swap.problem && (isLate || Date.now() - new Date(swap.requested_at) < DAY_MS)) {
+    wrong.push([`${swap.policy} ${isLate ? "cannot serve yet" : "was to serve and does not"}.`, swap.problem]);
+  }
   if (!board.clock_runs && (run?.status === "queued" || board.schedules.some((schedule) => !schedule.paused))) {
     wrong.push(["The clock is not running, so no run begins.", "`nightshift up` starts it; where you start the parts yourself, it is `python -m trainer clock`."]);
   }
@@ -178,7 +182,7 @@ function verdict() {
   const latest = board.policies.at(-1);
   if (!total()) return ["Not yet: nobody has voted. ", el("a", { href: "/" }, "Chat"), " and vote on the pairs you are shown; comparisons.rate says how often the service asks."];
   const swap = board.swaps.find((one) => one.flipped_at && one.policy === now?.name);
-  if (now && now.parent && swap) return [el("strong", {}, `Yes: ${now.name} serves`), " since ", when(swap.flipped_at), ` in place of ${swap.replaced}. ${sentence(swap.reason)}`];
+  if (now && now.parent && swap) return [el("strong", {}, `Yes: ${now.name} serves`), `; it took the place of ${swap.replaced} `, when(swap.flipped_at), `. ${sentence(swap.reason)}`];
   if (latest?.status === "trial") return `${latest.name} passed the gate and is on trial against ${now?.name ?? "nobody"}: votes decide.`;
   if (latest?.parent) return `Not yet: ${now?.name ?? "nothing"} serves. ${latest.problem ?? `${latest.name} is ${latest.status.replace("_", " ")}.`}`;
   const missing = board.votes.needed - total();
@@ -189,7 +193,7 @@ function verdict() {
 const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
 
 const tile = (name, figure, ...more) => el("div", { class: "tile" }, el("h2", {}, name), el("p", { class: "figure" }, figure), ...more);
-const small = (...text) => el("p", { class: "hint" }, ...text);
+const small = (...text) => el("p", { class: "hint" }, ...text.flat());
 
 function tiles() {
   const week = board.votes.days.slice(-7).reduce((sum, day) => sum + day.votes, 0);
@@ -198,7 +202,7 @@ function tiles() {
   const fair = first.low <= 0.5 && first.high >= 0.5;
   const reach = `${percent(first.low)} to ${percent(first.high)}`;
   return [
-    tile("Serving", serving()?.name ?? "nothing yet", small(`One of ${plural(board.policies.length, "policy", "policies")}.`)),
+    tile("Serving", serving()?.name ?? "nothing yet", small(serving()?.parent ? ["Made ", when(serving().created_at), "."] : "The base model, as it came.")),
     tile("Votes", total().toLocaleString("en"), small(`${week.toLocaleString("en")} in the last 7 days, ${board.votes.since_last_run.toLocaleString("en")} since the last run.`)),
     tile(
       "Raters agree",
@@ -231,7 +235,7 @@ function showRun() {
   const running = activeRun();
   paint("run-acts", [running], () => running && button("Cancel the run", () => cancelRun(running), { class: "danger", "data-key": "cancel", disabled: Boolean(running.cancel_requested_at) }));
   if (!run) {
-    paint("run", 0, () => el("p", { class: "hint" }, `No run yet. It needs ${board.votes.needed} votes to learn from, and there are ${total().toLocaleString("en")}. Train now, or add a schedule below.`));
+    paint("run", 0, () => el("p", { class: "hint" }, total() < board.votes.needed ? `No run yet: it needs ${plural(board.votes.needed, "vote")} to learn from, and there are ${total().toLocaleString("en")}. Let people chat first; a schedule can wait for their votes.` : "No run yet. Train now, or add a schedule below."));
     return;
   }
   live.watch(run, board);
@@ -245,7 +249,7 @@ function watch(run) {
 }
 
 function runs() {
-  return board.runs.length ? runList(board, live.id, watch) : el("p", { class: "hint" }, "None yet.");
+  return board.runs.length ? runList(board, live.id, watch) : el("p", { class: "hint" }, "None yet: what each run did and what came of it is listed here.");
 }
 
 function showDuel(minute) {
@@ -292,7 +296,7 @@ function showDuel(minute) {
       { y: 1 / duel.reject_at, label: `${lost}: ${short(duel.reject_at)} the other way`, tone: "bad", below: true },
     ],
     x: { label: "votes" },
-    y: { log: true, from: floor, to: 2 * duel.threshold, ticks: [duel.threshold, 1, 1 / duel.reject_at], format: (value) => (value < 0.95 ? `1/${short(1 / value)}` : short(value)) },
+    y: { log: true, from: floor, to: 2 * duel.threshold, ticks: [duel.threshold, 1, 1 / duel.reject_at], tick: (value) => (value < 1 ? `1/${short(1 / value)}` : short(value)) },
   });
 }
 
@@ -305,6 +309,7 @@ function showVotes() {
   votesChart.show({
     title: `Last ${days.length} days`,
     says: `Votes a day over ${days.length} days: ${sum} in all, most on ${dayOf(best.day)} with ${best.votes}, and ${days.at(-1).votes} today.`,
+    rests: `${days.at(-1).votes.toLocaleString("en")} today`,
     height: 150,
     series: [
       { name: "all", kind: "bars", tone: "soft", points: days.map((day, index) => [index, day.votes]) },

@@ -29,8 +29,9 @@ export const percent = (share, digits = 0) => (share === null ? "–" : `${(100 
     height        in pixels
     series        [{name, tone, kind: "line" | "bars" | "dots", points: [[x, y], …]}], the first one read out on pointing
     marks         horizontal lines: [{y, label, tone, below}]
-    y             {from, to, log, ticks, format}; from and to widen what the points need
-    x             {format, label}                                                                                   */
+    y             {from, to, log, ticks, format, tick}; from and to widen what the points need, `tick` formats the axis
+    x             {format, label}
+    rests         what is read out while nobody points; without it, the last value */
 export class Chart {
   #spec = null;
   #plot = el("div", { class: "plot" });
@@ -87,7 +88,7 @@ export class Chart {
     const up = (value) => level(bend(value));
     this.scale = { across, up };
 
-    const format = y.format ?? short;
+    const format = y.tick ?? y.format ?? short;
     const picture = svg("svg", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": says });
     for (const tick of y.ticks ?? ticks(low, high)) {
       const at = up(tick);
@@ -131,6 +132,10 @@ export class Chart {
     this.guide.setAttribute("x1", where);
     this.guide.setAttribute("x2", where);
     this.guide.setAttribute("visibility", at === null ? "hidden" : "visible");
+    if (at === null && this.#spec.rests) {
+      this.#reading.textContent = this.#spec.rests;
+      return;
+    }
     const place = at === null ? "" : `${(x.format ?? short)(point[0])}${x.label ? ` ${x.label}` : ""}: `;
     const values = series.map((one) => one.points.find(([step]) => step === point[0])?.[1]).filter(Number.isFinite);
     this.#reading.textContent = place + (at === null ? values.slice(0, 1) : values).map(format).join(" · ");
@@ -161,9 +166,9 @@ function roomy(low, high, { from, to }) {
   return [low === from ? low : low - air, high === to ? high : high + air];
 }
 
-/** Three or so round numbers. */
+/** A few round numbers. */
 function ticks(low, high) {
-  const rough = (high - low) / 3;
+  const rough = (high - low) / 4;
   const power = 10 ** Math.floor(Math.log10(rough));
   const step = [1, 2, 5, 10].map((n) => n * power).find((n) => n >= rough) ?? power;
   const found = [];

@@ -68,12 +68,12 @@ export function detail(board, whole, { onPromote, onPairs }) {
       mayServe && button("Promote", () => onPromote(whole.name), { class: "strong", "data-key": "promote" }),
       button(`Read ${PAIRS} random pairs`, () => onPairs(whole.name), { "data-key": "pairs" }),
     )),
-    el("p", { class: "hint" }, whole.parent ? `Made from ${whole.parent} ` : "The base model itself, since ", when(whole.created_at), "."),
+    el("p", { class: "hint" }, whole.parent ? "Made " : "Here since ", when(whole.created_at), whole.parent ? ` from ${whole.parent}.` : "."),
     loads && el("p", { class: "said" }, "The engines are loading it; it serves as soon as all of them hold it."),
     whole.problem && el("p", { class: "failure" }, whole.problem),
     whole.gate
       ? el("h4", {}, failed ? `The gate turned it away: ${failed} of ${plural(whole.gate.checks.length, "check")} failed` : `The gate let it through: all ${whole.gate.checks.length} checks passed`)
-      : el("p", {}, "It never met the gate: there is no run that made it."),
+      : el("p", {}, whole.parent ? "It never met the gate." : "The base model under an adapter that changes nothing: it never met the gate."),
     whole.gate && el("ul", { class: "checks" }, [...whole.gate.checks].sort((a, b) => a.passed - b.passed).map(check)),
     whole.duels.length > 0 && el("h4", {}, "What people said"),
     whole.duels.length > 0 && el("ul", { class: "plain-list" }, whole.duels.map((duel) => el("li", {}, duelSentence(duel)))),

@@ -24,10 +24,6 @@ async def test_screenshots_of_the_board(
     scheme: str,
 ) -> None:
     house: House = await open_house(engine)
-    empty = await open_page(house, "/board", role=Role.OPERATOR, color_scheme=scheme, viewport=TALL)
-    await expect(empty.get_by_text("Not yet: nobody has voted.")).to_be_visible()
-    await shoot(empty, f"board-empty-{scheme}")
-
     people = [make_key(Role.RATER)[0].id for _ in range(2)]
     fill(db, add_policy, operator=house.keys[Role.OPERATOR].id, people=people)
     page = await open_page(house, "/board", role=Role.OPERATOR, color_scheme=scheme, viewport=TALL)
@@ -41,9 +37,6 @@ async def test_screenshots_of_the_board(
         "scrollTo(0, document.getElementById('policies-title').getBoundingClientRect().top + scrollY - 90)"
     )
     await shoot(page, f"board-policies-{scheme}")
-    await page.get_by_role("button", name="Close").click()
-    await page.evaluate("scrollTo(0, document.body.scrollHeight)")
-    await shoot(page, f"board-end-{scheme}")
     phone = await open_page(house, "/board", role=Role.OPERATOR, color_scheme=scheme, viewport=PHONE)
     await expect(phone.get_by_role("img", name="Reward, 24 steps")).to_be_visible()
     await shoot(phone, f"board-phone-{scheme}")

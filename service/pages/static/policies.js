@@ -68,7 +68,7 @@ export function detail(board, whole, { onPromote, onPairs }) {
       mayServe && button("Promote", () => onPromote(whole.name), { class: "strong", "data-key": "promote" }),
       button(`Read ${PAIRS} random pairs`, () => onPairs(whole.name), { "data-key": "pairs" }),
     )),
-    el("p", { class: "hint" }, whole.parent ? "Made " : "Here since ", when(whole.created_at), whole.parent ? ` from ${whole.parent}.` : "."),
+    el("p", { class: "hint" }, whole.parent ? "Made " : "Added ", when(whole.created_at), whole.parent ? ` from ${whole.parent}.` : "."),
     loads && el("p", { class: "said" }, "The engines are loading it; it serves as soon as all of them hold it."),
     whole.problem && el("p", { class: "failure" }, whole.problem),
     whole.gate
@@ -108,7 +108,7 @@ export function duelSentence(duel) {
 }
 
 function swapSentence(swap, board) {
-  const by = ` (${who(swap.actor, board)}: ${swap.reason})`;
+  const by = swap.actor === "start" ? "" : ` (${who(swap.actor, board)}: ${swap.reason})`;
   if (!swap.flipped_at) return [`${swap.policy} was to serve `, when(swap.requested_at), by, swap.problem ? `: ${swap.problem}` : "."];
   const place = swap.replaced ? `${swap.policy} took the place of ${swap.replaced} ` : `${swap.policy} began to serve `;
   return [place, when(swap.flipped_at), by, "."];

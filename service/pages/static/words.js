@@ -11,7 +11,7 @@ const RELATIVE = new Intl.RelativeTimeFormat("en", { numeric: "always" });
 const EXACT = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", timeZone: "UTC" });
 
-const ACTORS = { cli: "The command line", trial: "A trial", watch: "The watch over a new policy", trainer: "The trainer", start: "The start" };
+const ACTORS = { cli: "The command line", trial: "A trial", watch: "The watch over a new policy", trainer: "The trainer" };
 const ACTS = {
   "key.create": "made a key",
   "key.revoke": "revoked a key",

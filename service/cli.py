@@ -318,6 +318,17 @@ def votes_export(
     typer.echo(f"{len(lines)} votes written to {output}", err=True)
 
 
+@votes_app.command("raters")
+def votes_raters(state: State = None, json: Json = False) -> None:
+    """How raters answered the trusted pairs that were mixed into their queues."""
+    from data import gold
+
+    with open_record(state) as db:
+        rows = gold.standing(db)
+    columns = ["key", "label", "votes", "gold", "gold_right"]
+    print_rows(rows, json=json, columns=columns, empty="No rater was shown a trusted pair yet.")
+
+
 @votes_app.command("import-trusted")
 def votes_import_trusted(file: Path, state: State = None, json: Json = False) -> None:
     """Take your own preferences from a JSONL file in TRL's format."""

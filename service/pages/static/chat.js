@@ -326,7 +326,7 @@ async function save(own) {
     notice("save");
   } catch (error) {
     notice("save", `This conversation is not kept yet. ${error.message}`);
-    setTimeout(() => save(own), SAVE_AGAIN_MS);
+    if (error.passing) setTimeout(() => save(own), SAVE_AGAIN_MS);
   } finally {
     own.saving = false;
   }

@@ -229,7 +229,8 @@ class Engines:
             else:
                 engine.missed = 0
             with suppress(TimeoutError):
-                await asyncio.wait_for(engine.wake.wait(), self._settings.poll_s)
+                async with asyncio.timeout(self._settings.poll_s):  # as in HotSwap._follow
+                    await engine.wake.wait()
 
     async def _bring_up(self, engine: Engine) -> None:
         """Check health; load what is missing; warm up; only then let traffic in."""

@@ -160,7 +160,8 @@ class HotSwap:
             except UNREADABLE as error:
                 self._tell(f"The record cannot be followed: {error}")
             with suppress(TimeoutError):
-                await asyncio.wait_for(self._wake.wait(), LOOK_S)
+                async with asyncio.timeout(LOOK_S):  # wait_for of Python 3.11 can swallow a cancel, and we never end
+                    await self._wake.wait()
 
     def _next_task(self) -> _Task | None:
         """What the record asks for: a promoted policy is to serve, or else a candidate is to go on trial."""

@@ -264,7 +264,10 @@ async def test_a_vote_that_was_kept_is_sent_when_the_page_is_opened_again(
     page = await open_page(house)
     await ask(page, "Hello")
     await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    await eventually(lambda: _has_pair(house))
     await page.route("**/vote", lambda route: route.abort())
+    await page.reload()  # what a page that is open already asks for may still go past the route
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
     await page.keyboard.press("ArrowLeft")
     await expect(page.get_by_text("Your vote is kept in this browser")).to_be_visible()
     await page.unroute("**/vote")

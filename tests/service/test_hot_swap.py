@@ -571,3 +571,15 @@ async def test_a_record_that_cannot_be_written_for_a_while_only_delays_a_swap(
 async def test_warm_ups_go_before_what_waits(house: House, engine: FakeEngine) -> None:
     await house.chat()
     assert engine.warm_ups[0].body["priority"] < engine.chats[0].body["priority"]
+
+
+# The end
+
+
+@pytest.mark.parametrize("turns", range(6))
+async def test_the_swap_ends_when_it_is_stopped_just_as_it_wakes(house: House, turns: int) -> None:
+    house.state.hot_swap.kick()
+    for _ in range(turns):
+        await asyncio.sleep(0)
+    async with asyncio.timeout(10):
+        await house.state.hot_swap.close()

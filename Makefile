@@ -22,10 +22,13 @@ UV := $(if $(LINKS),UV_FIND_LINKS="$(LINKS)",$(if $(filter cpu,$(EXTRA)),UV_TORC
 # Compiled once here, not at every start: vLLM imports thousands of modules in each of its three processes.
 INSTALL := $(UV) install --quiet --compile-bytecode --python $(PY) --constraint $(CONSTRAINTS)
 
-.PHONY: up test check install lock screenshots
+.PHONY: up demo test check install lock screenshots
 
 up: .venv/installed-$(EXTRA)
 	@$(PY) -m service.cli up $(ARGS)
+
+demo: .venv/installed-$(EXTRA)
+	@$(PY) -m bench.demo $(ARGS)
 
 test: .venv/installed-$(EXTRA)-dev
 	@$(PY) -m pytest $(ARGS)

@@ -16,6 +16,7 @@ from tests.e2e.conftest import REPOSITORY, House
 
 RUN_ELSEWHERE = {
     "make up": "starts the house that these tests live in",
+    "make demo": "goes through what test_whole_loop.py does, in minutes more",
     "make test": "is what runs this",
 }
 

@@ -47,6 +47,7 @@ from bench.personas import personas
 from data import trusted
 from data.database import connect, transaction
 from data.settings import STARTER, ServerSettings
+from data.types import BASE_POLICY
 from service.supervisor import StartError, check_port
 from trainer import dialogues
 from trainer.dialogues import Prompt
@@ -165,8 +166,8 @@ class Stages:
         self._console = console
         self._progress = Progress(
             TextColumn("{task.description:<22}"), BarColumn(24), TimeElapsedColumn(),
-            TextColumn("{task.fields[note]}", markup=False, table_column=Column(no_wrap=True, overflow="ellipsis")),
-            console=console, disable=not console.is_terminal,
+            TextColumn("{task.fields[note]}", markup=False, table_column=Column(ratio=1, no_wrap=True)),
+            console=console, expand=True, disable=not console.is_terminal,
         )  # fmt: skip
         self._note = ""
 
@@ -215,7 +216,7 @@ async def learn(house: Target, plan: Plan, stages: Stages) -> Story:
     rng = random.Random(plan.seed)
     prompts = dialogues.prompts(plan.questions, seed=plan.seed, held_out=True)
     stages.begin("answers before", len(prompts))
-    before = await ask_all(house, prompts, plan.seed, stages)
+    before = await ask_all(house, BASE_POLICY, prompts, plan.seed, stages)
 
     schedule = await post(house, "/v1/schedules", {"votes": plan.votes})
     people = await join(house.url, personas(plan.people, seed=plan.seed), operator_key=house.key)
@@ -240,7 +241,7 @@ async def learn(house: Target, plan: Plan, stages: Stages) -> Story:
     after: list[Said] = []
     if policy["status"] == "serving":
         stages.begin("answers after", len(prompts))
-        after = await ask_all(house, prompts, plan.seed, stages)
+        after = await ask_all(house, policy["name"], prompts, plan.seed, stages)
     lineage = await get(house, f"/v1/policies/{policy['name']}/lineage")
     stages.end()
     return Story(
@@ -249,8 +250,9 @@ async def learn(house: Target, plan: Plan, stages: Stages) -> Story:
     )  # fmt: skip
 
 
-async def ask_all(house: Target, prompts: Sequence[Prompt], seed: int, stages: Stages) -> list[Said]:
-    """An answer to each prompt, the i-th from a seed that `seed` and i choose. Nobody is asked for a vote."""
+async def ask_all(house: Target, policy: str, prompts: Sequence[Prompt], seed: int, stages: Stages) -> list[Said]:
+    """An answer to each prompt, the i-th from a seed that `seed` and i choose. Nobody is asked for a vote. Raises
+    DemoError where another policy than `policy` answers."""
     answers: dict[int, Said] = {}
     numbers = iter(range(len(prompts)))
 
@@ -260,7 +262,10 @@ async def ask_all(house: Target, prompts: Sequence[Prompt], seed: int, stages: S
                 "model": "nightshift", "messages": prompts[i].messages, "feedback": "off", "max_tokens": MAX_TOKENS,
                 "temperature": 1.0, "seed": seed * 1_000_000 + i,
             }  # fmt: skip
-            (choice,) = (await post(house, "/v1/chat/completions", body))["choices"]
+            answer = await post(house, "/v1/chat/completions", body)
+            if answer["system_fingerprint"] != policy:
+                raise DemoError(f"{answer['system_fingerprint']} answers, and {policy} is what was to be looked at.")
+            (choice,) = answer["choices"]
             text = choice["message"]["content"]
             answers[i] = Said(text, worth(prompts[i], text, finished=choice["finish_reason"] == "stop"))
             stages.show(f"{len(answers)} of {len(prompts)}", len(answers))
@@ -360,7 +365,7 @@ async def hold_trial(
 
 
 def _odds(duel: dict[str, Any]) -> str:
-    return f"evidence {duel['e_value']:.3g} to 1 of {duel['threshold']:g} to 1"
+    return f"evidence {duel['e_value']:.3g} to 1 ({duel['threshold']:g} to 1 decides)"
 
 
 async def get(house: Target, path: str) -> Any:
@@ -427,8 +432,8 @@ def facts(story: Story) -> list[tuple[str, str]]:
 
 
 def question(prompt: Prompt) -> str:
-    """What was asked last; an ellipsis stands for what was said before."""
-    return ("… " if len(prompt.messages) > 1 else "") + prompt.messages[-1]["content"]
+    """What the user said; an ellipsis stands for each answer."""
+    return " … ".join(dialogues.user_texts(prompt.messages))
 
 
 def show(story: Story, console: Console) -> None:

@@ -177,6 +177,14 @@ async def test_an_answer_that_is_refused_ends_the_demo_with_what_was_said(house:
             await learn(target(house), PLAN, shown)
 
 
+async def test_answers_of_another_policy_are_not_taken_for_those_wanted(house: House) -> None:
+    prompts = dialogues.prompts(3, seed=1, held_out=True)
+    with stages(io.StringIO()) as shown:
+        shown.begin("answers after", 3)
+        with pytest.raises(DemoError, match=f"{BASE_POLICY} answers, and {NEW} is what was to be looked at"):
+            await demo.ask_all(target(house), NEW, prompts, 1, shown)
+
+
 # What is shown
 
 

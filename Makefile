@@ -31,7 +31,7 @@ demo: .venv/installed-$(EXTRA)
 	@$(PY) -m bench.demo $(ARGS)
 
 test: .venv/installed-$(EXTRA)-dev
-	@$(PY) -m pytest $(ARGS)
+	@$(PY) -m pytest --numprocesses 2 --dist loadscope --no-loadscope-reorder $(ARGS)
 
 check: .venv/installed-$(EXTRA)-dev
 	@$(PY) -m ruff check .

@@ -20,6 +20,7 @@ import uvicorn
 from aiohttp import web
 from fastapi import FastAPI
 from sqlite_utils import Database
+from xdist.scheduler import LoadScopeScheduling
 
 from data import comparisons, completions, keys, registry
 from data.database import connect, transaction
@@ -42,6 +43,38 @@ from service.app import create_app
 from service.state import State
 
 CREATED = 1795347272
+
+
+# Two tests at a time
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of two workers would stand in each other's way
+        os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+LONG_FIRST = ("tests/e2e/test_whole_loop.py", "tests/e2e/", "tests/trainer/", "tests/browser/")
+"""Or one worker would end with them alone."""
+OWN_HOUSE = ("test_whole_loop.py", "test_published_adapters.py")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        return next((i for i, start in enumerate(LONG_FIRST) if item.nodeid.startswith(start)), len(LONG_FIRST))
+
+    items.sort(key=place)
+
+
+class ByFile(LoadScopeScheduling):  # type: ignore[misc]
+    """A worker takes a file at a time, and one of them all that use the house of the end-to-end tests."""
+
+    def _split_scope(self, nodeid: str) -> str:
+        file = nodeid.partition("::")[0]
+        return "house" if file.startswith("tests/e2e/") and not file.endswith(OWN_HOUSE) else file
+
+
+def pytest_xdist_make_scheduler(config: pytest.Config, log: Any) -> ByFile:
+    return ByFile(config, log)
 
 
 # vLLM

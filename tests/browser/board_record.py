@@ -54,7 +54,7 @@ def fill(db: Database, add_policy: Callable[..., str], *, operator: str, people:
     """`people`: the keys of at least two raters; `operator`: that of who runs the place."""
     chance = random.Random(7)
     with transaction(db):
-        db.execute("UPDATE keys SET label = 'Grace' WHERE id = ?", (operator,))
+        db.execute("UPDATE keys SET label = 'operator' WHERE id = ?", (operator,))
         leases.acquire(db, "clock", "elsewhere", for_s=86_400)
         _votes(db, chance, people)
     _policies(db, add_policy, operator)

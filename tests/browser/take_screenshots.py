@@ -54,7 +54,7 @@ async def test_screenshots(
     engine.answer = answer
     key = house.keys[Role.RATER].id
     house.settings.comparisons.rate = 0.0
-    await house.state.write(lambda db: db.execute("UPDATE keys SET label = 'Ada' WHERE id = ?", (key,)))
+    await house.state.write(lambda db: db.execute("UPDATE keys SET label = 'somebody' WHERE id = ?", (key,)))
 
     door = await open_page(house, role=None, color_scheme=scheme)
     await shoot(door, f"sign-in-{scheme}")

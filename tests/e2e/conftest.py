@@ -108,7 +108,7 @@ def running_house(folder: Path, settings: dict[str, str] | None = None) -> Itera
     url = f"http://127.0.0.1:{port}"
     environment = os.environ | {"NIGHTSHIFT_STATE": str(state), "NIGHTSHIFT_SERVER__PORT": str(port)}
     environment |= settings or {}
-    for name in ("MAKEFLAGS", "MAKELEVEL", "ARGS"):  # this make is nobody's child
+    for name in ("MAKEFLAGS", "MAKELEVEL", "ARGS", "OMP_NUM_THREADS"):  # this make is nobody's child
         environment.pop(name, None)
     with output.open("w") as log:
         process = subprocess.Popen(

@@ -24,6 +24,8 @@ QUICK = {
     "NIGHTSHIFT_TRAINING__PPO": '{"steps": 12}',
     "NIGHTSHIFT_TRAINING__MAX_ANSWER_TOKENS": "96",  # an answer cut off at the crowd's 64 may be longer read again
     "NIGHTSHIFT_TRAINING__WAIT_FOR_CHAT_S": "0.5",
+    "NIGHTSHIFT_TRAINING__THREADS": "1",  # other tests run beside this one,
+    "NIGHTSHIFT_TRAINING__NICE": "0",  # and this takes the longest
 }
 """The gate and the trial are as they ship."""
 

@@ -99,7 +99,7 @@ class Bench:
         difference = (self.gold(prompts, first) - self.gold(prompts, second)).abs().mean()
         self.gold = replace(self.gold, scale=MEAN_DIFFERENCE / float(difference))
 
-    def probes(self, adapter: str | None, draws: int = 4) -> dict[str, float]:
+    def probes(self, adapter: str | None, draws: int = 16) -> dict[str, float]:
         """The shares of the frozen probes of each kind answered right, at temperature 1."""
         sample = LocalSampler(self.backbone, adapter, self.sampling)
         shares: dict[str, float] = {}

@@ -1,0 +1,322 @@
+"""Nights without days: the loop of votes, reward model and PPO on the trainer's own code, without HTTP and vLLM.
+
+A `Lab` holds the starter model. One round of the loop:
+
+    pairs = lab.random_pairs(prompts, draw=0)       two answers to each prompt, by the base or by "policy"
+    votes = cast(pairs, crowd, chat=lab.chat)       what simulated people say, as the record's export has it
+    night = lab.night(lab.prepare(votes))           a reward model and a new "policy", as trainer.job makes them
+    lab.win_rate(held_out), lab.probes()            gold's word on "policy" beside the base, and what it still knows
+
+After a night the adapter "policy" is the new policy, until the next one begins, so pairs for the next night may be
+drawn from it. Everything is repeatable by seed.
+"""
+
+import json
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from itertools import cycle
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import Tensor
+from transformers import AutoTokenizer
+
+from bench.gold import worth
+from bench.personas import Persona, Shown
+from data import probes
+from data.settings import STARTER, TrainingSettings
+from data.trusted import TrustedPair
+from trainer import ppo, reward_model
+from trainer.backbone import Backbone
+from trainer.dialogues import Prompt
+from trainer.encoding import Answer, ChatFormat
+from trainer.measure import wilson
+from trainer.ppo import PPOConfig
+from trainer.preferences import Preferences, Split, prepare
+from trainer.reward_model import OnStep, RewardConfig, RewardModel
+from trainer.rollout import LocalSampler, Sampling
+
+MAX_TOKENS = 64
+"""An answer is cut off there; one in a thousand is."""
+PPO_STEPS = 16
+SAMPLES_TO_NORMALISE = 256
+
+Scores = Callable[[Sequence[Answer]], Tensor]
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """Two different answers to one prompt, in the order in which they are shown."""
+
+    prompt: Prompt
+    first: Answer
+    second: Answer
+    kind: str = "same_policy"
+
+
+@dataclass(frozen=True, slots=True)
+class Night:
+    """What a night made, beside the adapters "reward" and "policy"."""
+
+    reward: RewardModel
+    curve: list[dict[str, float]] = field(default_factory=list)
+    """PPO's figures, a row a step."""
+    stopped_at_kl_budget: bool = False
+
+
+def cast(
+    pairs: Sequence[Asked], crowd: Sequence[Persona], *, chat: ChatFormat, policy: str = "policy-0000", first: int = 0
+) -> list[dict[str, Any]]:
+    """One vote on each pair, as `data.comparisons.export_preferences` yields it. The people take turns; who skips a
+    pair leaves it to the next.
+
+    Args:
+        policy: who is said to have written the answers.
+        first: the number of the first vote; numbers make ids and conversations.
+    """
+    turns = cycle(crowd)
+    votes = []
+    for number, pair in enumerate(pairs, start=first):
+        shown = [Shown(chat.text(answer), answer.finished) for answer in (pair.first, pair.second)]
+        choice, voter = None, None
+        for _ in range(20 * len(crowd)):
+            voter = next(turns)
+            choice = voter.decides(pair.prompt, *shown).choice
+            if choice is not None:
+                break
+        else:
+            raise ValueError("nobody in this crowd votes")
+        chosen, rejected = reversed(shown) if choice == "b" else shown
+        votes.append(
+            {
+                "vote": f"vote_{number:06d}",
+                "comparison": f"cmp_{number:06d}",
+                "voter": voter.name,
+                "user": voter.name,
+                "conversation": f"conversation-{number:06d}",
+                "prompt": list(pair.prompt.messages),
+                "chosen": [{"role": "assistant", "content": chosen.text}],
+                "rejected": [{"role": "assistant", "content": rejected.text}],
+                "choice": str(choice),
+                "kind": pair.kind,
+                "chosen_policy": policy,
+                "rejected_policy": policy,
+            }
+        )
+    return votes
+
+
+class Lab:
+    def __init__(self, *, seed: int, bf16: bool = True, model: Path = STARTER) -> None:
+        """
+        Args:
+            seed: of everything that is drawn here. Two labs of one seed do the same.
+        """
+        torch.set_flush_denormal(True)  # as `python -m trainer` does
+        torch.manual_seed(seed)
+        self.seed = seed
+        self.backbone = Backbone.load(model, bf16=bf16)
+        self.chat = ChatFormat(AutoTokenizer.from_pretrained(model), self.backbone.end_ids)
+        self.accelerator = Accelerator()
+        self.trusted = trusted_pairs(model)
+
+    # Days ------------------------------------------------------------------------------------------------------
+
+    def answers(
+        self, prompts: Sequence[Prompt], *, adapter: str | None = None, draw: int, temperature: float = 1.0
+    ) -> list[Answer]:
+        """One answer to each. The same `draw` gives the same answer to the i-th prompt, however many there are."""
+        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=temperature, end_ids=self.backbone.end_ids)
+        first = (self.seed * 1000 + draw) * 1_000_000
+        sample = LocalSampler(self.backbone, adapter, sampling)
+        return sample([self.chat.query(p.messages) for p in prompts], range(first, first + len(prompts)))
+
+    def random_pairs(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        adapter: str | None = None,
+        against: str | None = None,
+        draw: int,
+        temperature: float = 1.0,
+    ) -> list[Asked]:
+        """Two answers to each prompt by `adapter` (None: the base), one of them by `against` if that is another, on
+        random sides. Where both are the same nobody is asked, so there may be fewer pairs than prompts."""
+        firsts = self.answers(prompts, adapter=adapter, draw=draw, temperature=temperature)
+        seconds = self.answers(prompts, adapter=against or adapter, draw=draw + 1, temperature=temperature)
+        return self._shown(prompts, firsts, seconds, "same_policy", draw)
+
+    def active_pairs(
+        self,
+        prompts: Sequence[Prompt],
+        reward: RewardModel,
+        *,
+        adapter: str | None = None,
+        draws: int = 4,
+        draw: int,
+        temperature: float = 1.0,
+    ) -> list[Asked]:
+        """Beside a first answer, of `draws` - 1 others the one on which the reward model's heads disagree most with it:
+        the variance over heads of the difference of scores, as the service chooses."""
+        drawn = [self.answers(prompts, adapter=adapter, draw=draw + i, temperature=temperature) for i in range(draws)]
+        rewards = torch.stack([reward.rewards(answers) for answers in drawn])  # (draws, N, K)
+        disagreement = (rewards[1:] - rewards[0]).var(dim=2)  # (draws - 1, N)
+        best = disagreement.argmax(dim=0).tolist()
+        seconds = [drawn[1 + best[i]][i] for i in range(len(prompts))]
+        return self._shown(prompts, drawn[0], seconds, "active", draw)
+
+    def _shown(
+        self, prompts: Sequence[Prompt], firsts: Sequence[Answer], seconds: Sequence[Answer], kind: str, draw: int
+    ) -> list[Asked]:
+        sides = torch.rand(len(prompts), generator=torch.Generator().manual_seed(self.seed * 1000 + draw)) < 0.5
+        pairs = []
+        for prompt, one, two, swapped in zip(prompts, firsts, seconds, sides.tolist(), strict=True):
+            if self.chat.text(one) != self.chat.text(two):
+                pairs.append(Asked(prompt, two, one, kind) if swapped else Asked(prompt, one, two, kind))
+        return pairs
+
+    # Nights ----------------------------------------------------------------------------------------------------
+
+    def prepare(self, votes: Sequence[dict[str, Any]], **settings: Any) -> Preferences:
+        """Split and weigh votes as a run does.
+
+        Args:
+            settings: fields of TrainingSettings other than its defaults.
+        """
+        training = TrainingSettings(**settings)
+        return prepare(
+            [vote for vote in votes if vote["choice"] != "both_bad"],
+            self.trusted,
+            self.chat,
+            rater_share=training.max_rater_share,
+            uncapped_votes=training.uncapped_votes,
+            trusted_weight=training.trusted_weight,
+            max_prompt_tokens=training.max_prompt_tokens,
+            max_answer_tokens=training.max_answer_tokens,
+        )
+
+    def reward(
+        self,
+        preferences: Preferences,
+        config: RewardConfig,
+        *,
+        adapter: str = "reward",
+        split: Split = Split.TRAIN,
+        on_step: OnStep = lambda step, figures: None,
+    ) -> RewardModel:
+        """A reward model of the votes on one side, on the scale of the base's own answers."""
+        model = reward_model.train(
+            self.backbone, adapter, preferences.pairs[split], config, accelerator=self.accelerator, on_step=on_step
+        )
+        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=1.0, end_ids=self.backbone.end_ids)
+        queries = preferences.queries[Split.TRAIN][:SAMPLES_TO_NORMALISE]
+        model.normalise(LocalSampler(self.backbone, None, sampling)(queries, range(len(queries))))
+        return model
+
+    def improve(
+        self,
+        reward: RewardModel,
+        preferences: Preferences,
+        config: PPOConfig,
+        *,
+        score: Scores | None = None,
+        on_step: OnStep = lambda step, figures: None,
+    ) -> Night:
+        """PPO from the base, on the prompts of the votes.
+
+        Args:
+            score: what PPO maximises, where it is not `reward.score`.
+        """
+        self.backbone.adapters.add("policy")
+        curve: list[dict[str, float]] = []
+
+        def take_down(step: int, figures: dict[str, float]) -> None:
+            curve.append(figures)
+            on_step(step, figures)
+
+        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=config.temperature, end_ids=self.backbone.end_ids)
+        stopped = ppo.learn(
+            self.backbone,
+            reward.value_start("value"),
+            preferences.queries[Split.TRAIN],
+            LocalSampler(self.backbone, "policy", sampling),
+            score or reward.score,
+            config,
+            accelerator=self.accelerator,
+            on_step=take_down,
+        )
+        return Night(reward, curve, stopped)
+
+    def night(
+        self, preferences: Preferences, *, reward: RewardConfig | None = None, policy: PPOConfig | None = None
+    ) -> Night:
+        """A reward model from all votes, and PPO against it from the base."""
+        model = self.reward(preferences, reward or RewardConfig(seed=self.seed))
+        return self.improve(model, preferences, policy or PPOConfig(steps=PPO_STEPS, seed=self.seed))
+
+    # Mornings --------------------------------------------------------------------------------------------------
+
+    def gold(self, prompts: Sequence[Prompt], answers: Sequence[Answer]) -> Tensor:
+        """(N,) what the answers are worth, before scaling."""
+        return torch.tensor(
+            [worth(p, self.chat.text(a), finished=a.finished) for p, a in zip(prompts, answers, strict=True)]
+        )
+
+    def win_rate(self, prompts: Sequence[Prompt], *, adapter: str | None = "policy") -> dict[str, float]:
+        """Gold's word on the adapter's answers beside the base's; ties count half."""
+        return self.compare(prompts, self.answers(prompts, adapter=adapter, draw=900))
+
+    def best_of(self, n: int, prompts: Sequence[Prompt], reward: RewardModel) -> dict[str, float]:
+        """The same for the best of n answers of the base by this reward model."""
+        drawn = [self.answers(prompts, draw=910 + i) for i in range(n)]
+        best = torch.stack([reward.score(answers) for answers in drawn]).argmax(dim=0).tolist()
+        return self.compare(prompts, [drawn[best[i]][i] for i in range(len(prompts))])
+
+    def compare(self, prompts: Sequence[Prompt], ours: Sequence[Answer]) -> dict[str, float]:
+        theirs = self.answers(prompts, draw=901)
+        gold_ours, gold_theirs = self.gold(prompts, ours), self.gold(prompts, theirs)
+        ties = float((gold_ours == gold_theirs).float().mean())
+        share = float((gold_ours > gold_theirs).float().mean()) + ties / 2
+        low, high = wilson(share * len(prompts), len(prompts))
+        return {
+            "win_rate": share,
+            "win_rate_low": low,
+            "win_rate_high": high,
+            "ties": ties,
+            "gold": float(gold_ours.mean()),
+            "gold_base": float(gold_theirs.mean()),
+            "length": sum(len(a.response) for a in ours) / len(ours),
+            "length_base": sum(len(a.response) for a in theirs) / len(theirs),
+            "finished": sum(a.finished for a in ours) / len(ours),
+        }
+
+    def accuracy(self, reward: RewardModel, pairs: Sequence[Asked]) -> float:
+        """The share of pairs that the reward model puts in gold's order; those that gold calls equal are left out."""
+        prompts = [pair.prompt for pair in pairs]
+        firsts, seconds = [pair.first for pair in pairs], [pair.second for pair in pairs]
+        differences = self.gold(prompts, firsts) - self.gold(prompts, seconds)
+        scores = reward.score(firsts) - reward.score(seconds)
+        return float((differences * scores > 0)[differences != 0].float().mean())
+
+    def probes(self, *, adapter: str | None = "policy", draws: int = 8) -> dict[str, float]:
+        """The shares of the frozen probes of each kind answered right, at temperature 1."""
+        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=1.0, end_ids=self.backbone.end_ids)
+        sample = LocalSampler(self.backbone, adapter, sampling)
+        shares: dict[str, float] = {}
+        for kind in probes.KINDS:
+            asked = probes.load(kind) * draws
+            answers = sample([self.chat.query(p.messages) for p in asked], range(len(asked)))
+            right = [probes.is_right(p, self.chat.text(a)) for p, a in zip(asked, answers, strict=True)]
+            shares[kind] = sum(right) / len(right)
+        return shares
+
+
+def trusted_pairs(model: Path = STARTER) -> list[TrustedPair]:
+    """What comes with the starter model."""
+    records = map(json.loads, (model / "trusted.jsonl").read_text(encoding="utf-8").splitlines())
+    return [
+        TrustedPair(f"pair_{i:04d}", r["prompt"], r["chosen"][0]["content"], r["rejected"][0]["content"])
+        for i, r in enumerate(records)
+    ]

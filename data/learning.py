@@ -3,11 +3,16 @@
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from sqlite_utils import Database
 
+from data.registry import RegistryError, folder_digest
 from data.types import timestamp
+
+SCORER_SOCKET = "scorer.sock"
+"""Where in the state folder the process listens that scores answers for the service."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,3 +48,27 @@ def reward_models(db: Database) -> list[RewardModelRow]:
     """The latest first."""
     rows = db.execute("SELECT id, run_id, path, sha256, metrics FROM reward_models ORDER BY id DESC")
     return [RewardModelRow(id, run_id, path, sha256, json.loads(metrics)) for id, run_id, path, sha256, metrics in rows]
+
+
+def newest_reward_model(db: Database) -> RewardModelRow | None:
+    row = db.execute("SELECT id, run_id, path, sha256, metrics FROM reward_models ORDER BY id DESC LIMIT 1").fetchone()
+    return RewardModelRow(row[0], row[1], row[2], row[3], json.loads(row[4])) if row else None
+
+
+def checked_folder(state: Path, row: RewardModelRow) -> Path:
+    """The folder of a reward model, its contents proved to be what was published. Raises RegistryError."""
+    folder = (state / row.path).resolve()
+    if not folder.is_relative_to((state / "reward_models").resolve()):
+        raise RegistryError(f"{row.id} lies at {row.path}, outside {state / 'reward_models'}: it will not be loaded.")
+    if not folder.is_dir() or folder_digest(folder) != row.sha256:
+        raise RegistryError(
+            f"{folder} is not what was published as {row.id} (its sha256 differs or files are missing)."
+            " Restore the folder from a backup, or train anew."
+        )
+    return folder
+
+
+def scorer_address(state: int) -> str:
+    """The scorer's socket, to bind or to connect to, by a descriptor of the open state folder: a socket's path has 107
+    bytes at most, which a state folder's may well exceed."""
+    return f"/proc/self/fd/{state}/{SCORER_SOCKET}"

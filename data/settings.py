@@ -93,6 +93,20 @@ class ComparisonSettings(_Section):
     """Seconds that a rater keeps a pair of the queue to themselves."""
     gold_rate: float = Field(0.05, ge=0, le=1)
     """Chance that a rater is first asked about a trusted pair, unknowingly, when a new pair is due."""
+    active_share: float = Field(0.5, ge=0, le=0.8)
+    """Share of the pairs, duels left out, for which more answers are drawn and the second one shown is that on which
+    the reward model's heads disagree most with the first; 0: never. What is left are random pairs, which measure
+    without bias, so some always are."""
+    active_draws: int = Field(4, ge=3, le=16)
+    """Answers drawn for such a pair, the two that are shown among them."""
+
+
+class ServingSettings(_Section):
+    best_of_n: int = Field(1, ge=1, le=16)
+    """Answers drawn for a plain request, of which the one that the reward model likes best is given; 1: off. It streams
+    once it is chosen."""
+    score_timeout_s: float = Field(0.5, gt=0)
+    """Seconds that the answers of one request wait for the reward model's scores; then it goes without them."""
 
 
 class TrainingSettings(_Section):
@@ -180,12 +194,18 @@ class Settings(BaseSettings):
     engine: EngineSettings = EngineSettings()
     chat: ChatSettings = ChatSettings()
     comparisons: ComparisonSettings = ComparisonSettings()
+    serving: ServingSettings = ServingSettings()
     training: TrainingSettings = TrainingSettings()
     gate: GateSettings = GateSettings()
 
     @property
     def database(self) -> Path:
         return self.state / "nightshift.db"
+
+    @property
+    def wants_scores(self) -> bool:
+        """Whether anything that is shown depends on the reward model's scores."""
+        return self.comparisons.active_share > 0 or self.serving.best_of_n > 1
 
     @classmethod
     def settings_customise_sources(

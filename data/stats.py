@@ -72,12 +72,14 @@ def votes_by_day(db: Database, *, days: int, now: datetime | None = None) -> lis
 
 
 def agreement(db: Database) -> dict[str, Any]:
-    """Of two people who voted on the same pair, and each for one of its answers, how often it was the same one."""
+    """Of two people who voted on the same pair, and each for one of its answers, how often it was the same one. Active
+    pairs are chosen for being hard, and say nothing of how people agree on what they are shown by chance."""
     pairs, agreed = db.execute(
         "WITH judged_twice AS (SELECT comparison_id FROM votes GROUP BY comparison_id HAVING count(*) > 1)"
         " SELECT count(*), coalesce(sum(mine.choice = other.choice), 0) FROM judged_twice"
         " JOIN votes AS mine ON mine.comparison_id = judged_twice.comparison_id"
         " JOIN votes AS other ON other.comparison_id = mine.comparison_id AND other.key_id > mine.key_id"
+        " JOIN comparisons ON comparisons.id = mine.comparison_id AND kind <> 'active'"
         " WHERE mine.choice IN ('a', 'b') AND other.choice IN ('a', 'b')"
     ).fetchone()
     return _share(agreed, pairs)

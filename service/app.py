@@ -22,6 +22,7 @@ from service.engine import Engines
 from service.errors import ApiError, not_ready
 from service.hot_swap import HotSwap
 from service.metrics import Metrics
+from service.scoring import Scorer
 from service.state import State, state_of
 
 
@@ -35,9 +36,11 @@ def create_app(settings: Settings | None = None, *, rng: random.Random | None = 
         app.state.nightshift = state
         await state.engines.start()
         state.hot_swap.start()
+        await state.scorer.start()
         try:
             yield
         finally:
+            await state.scorer.close()
             await state.hot_swap.close()
             await state.engines.close()
             state.writer.close()
@@ -73,7 +76,7 @@ def _open_state(settings: Settings, metrics: Metrics, rng: random.Random) -> Sta
 
     engines = Engines(settings.engine, home=(settings.state / "policies").resolve(), wanted=wanted, folder_of=folder_of)
     hot_swap = HotSwap(settings, reader, writer, engines, metrics)
-    return State(settings, reader, writer, engines, hot_swap, metrics, rng)
+    return State(settings, reader, writer, engines, hot_swap, Scorer(settings, metrics), metrics, rng)
 
 
 async def list_models(request: Request, key: Annotated[Key, needs(Role.USER)]) -> dict[str, Any]:
@@ -105,6 +108,9 @@ async def metrics_text(request: Request) -> Response:
     state.metrics.serving.clear()
     if state.engines.serving:
         state.metrics.serving.labels(state.engines.serving).set(1)
+    state.metrics.scored_by.clear()
+    if state.scorer.reward_model:
+        state.metrics.scored_by.labels(state.scorer.reward_model).set(1)
     state.metrics.duel_e_value.clear()
     if duel := state.hot_swap.duel:
         state.metrics.duel_e_value.labels(duel.kind, duel.challenger, duel.incumbent).set(duel.e_value)

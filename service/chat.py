@@ -1,11 +1,12 @@
 """POST /v1/chat/completions: one answer, or two side by side and a question which is better."""
 
 import asyncio
+import random
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Annotated, Any
 
 import orjson
@@ -16,6 +17,7 @@ from data import comparisons, completions
 from data.ids import new_id
 from data.types import (
     Comparison,
+    ComparisonKind,
     Completion,
     CompletionStatus,
     DuelKind,
@@ -49,6 +51,8 @@ class _Call:
     stream: bool
     include_usage: bool
     plan: pairing.PairPlan | None
+    draws: int
+    """How many answers are drawn where one is given: the best of them."""
     started: float
 
 
@@ -66,6 +70,8 @@ class _Answer:
     first_token_ms: float | None = None
     total_ms: float = 0.0
     usage: dict[str, int] | None = None
+    whole: "_EngineAnswer | None" = None
+    """Of an answer that does not stream, all that the engine said."""
     read: Callable[[], dict[int, dict[str, Any]]] = dict
     """Reads what was said, as far as it came: of a stream, all its JSON."""
 
@@ -119,9 +125,11 @@ async def create_chat_completion(
     """Answer, streaming or not. Where `feedback` leads to a comparison there are two choices and a `comparison`."""
     call = _prepare(state_of(request), body, key)
     if call.stream:
-        respond = _stream_pair if call.plan else _stream_plain
+        respond = _stream_best if call.draws > 1 else _stream_plain
+        if call.plan:
+            respond = _stream_active if call.plan.more_seeds else _stream_pair
         return sse.EventStream(lambda send: respond(call, send))
-    answer = _answer_pair if call.plan else _answer_plain
+    answer = _answer_pair if call.plan else _answer_best if call.draws > 1 else _answer_plain
     try:
         return Response(await sse.unless_gone(request.receive, answer(call)), media_type="application/json")
     except sse.ClientGone:
@@ -153,6 +161,7 @@ def _prepare(state: State, body: ChatRequest, key: Key) -> _Call:
     if not body.max_tokens and not body.max_completion_tokens:
         sampling["max_tokens"] = min(caps.max_tokens, state.engines.context_length or caps.max_tokens)
     user = f"{key.id}/{body.user}" if body.user else key.id
+    plan = _plan(state, body, key, user, state.engines.serving)
     return _Call(
         state=state,
         key=key,
@@ -162,7 +171,8 @@ def _prepare(state: State, body: ChatRequest, key: Key) -> _Call:
         serving=state.engines.serving,
         stream=bool(body.stream),
         include_usage=bool(body.stream_options and body.stream_options.include_usage),
-        plan=_plan(state, body, key, user, state.engines.serving),
+        plan=plan,
+        draws=1 if plan else _draws(state, body),
         started=time.perf_counter(),
     )
 
@@ -174,10 +184,7 @@ def _over_cap(param: str, rule: str) -> ApiError:
 def _plan(state: State, body: ChatRequest, key: Key, user: str, serving: str) -> pairing.PairPlan | None:
     feedback = body.feedback or key.feedback
     # Only two free texts can be compared: `auto` leaves other requests alone, `always` says so.
-    uncomparable = next((p for p in ("tools", "response_format") if getattr(body, p)), None)
-    if (body.n or 1) > 1:
-        uncomparable = "n"
-    if uncomparable:
+    if uncomparable := _uncomparable(body):
         if body.feedback is Feedback.ALWAYS:
             raise ApiError(
                 400,
@@ -196,7 +203,29 @@ def _plan(state: State, body: ChatRequest, key: Key, user: str, serving: str) ->
     duel = state.hot_swap.duel_beside(serving)
     gate = state.settings.gate
     share = gate.duel_share if duel and duel.kind is DuelKind.TRIAL else gate.watch_share
-    return pairing.plan_pair(serving, seed=body.seed, rng=state.rng, duel=duel, share=share)
+    return pairing.plan_pair(
+        serving,
+        seed=body.seed,
+        rng=state.rng,
+        duel=duel,
+        share=share,
+        active_share=settings.active_share if state.scorer.reward_model and body.temperature != 0 else 0.0,
+        active_draws=settings.active_draws,
+    )
+
+
+def _uncomparable(body: ChatRequest) -> str | None:
+    """What makes this request one for something else than a free text."""
+    if (body.n or 1) > 1:
+        return "n"
+    return next((name for name in ("tools", "response_format") if getattr(body, name)), None)
+
+
+def _draws(state: State, body: ChatRequest) -> int:
+    draws = state.settings.serving.best_of_n
+    if draws == 1 or not state.scorer.reward_model or body.temperature == 0 or _uncomparable(body):
+        return 1
+    return draws
 
 
 # One answer
@@ -206,16 +235,21 @@ async def _answer_plain(call: _Call) -> bytes:
     answer = _begin(call, call.serving)
     try:
         async with _time_limit(call):
-            engine_answer = await _complete(call, answer)
+            await _complete(call, answer)
     finally:
         _log(call, answer)
+    return _body(call, answer)
+
+
+def _body(call: _Call, answer: _Answer) -> bytes:
+    assert answer.whole is not None
     return orjson.dumps(
         {
             "id": answer.id,
             "object": "chat.completion",
-            "created": engine_answer.created,
+            "created": answer.whole.created,
             "model": call.state.settings.chat.model_name,
-            "choices": [_choice(choice, choice.index) for choice in engine_answer.choices],
+            "choices": [_choice(choice, choice.index) for choice in answer.whole.choices],
             "usage": answer.usage,
             "system_fingerprint": answer.policy,
         }
@@ -228,12 +262,86 @@ async def _stream_plain(call: _Call, send: sse.SendBytes) -> None:
     try:
         async with _time_limit(call):
             await _forward(call, answer, rewrite, send)
-        end = sse.DONE
-        if call.include_usage and answer.usage:
-            end = sse.event(_last_chunk(call, answer.id, rewrite.created, answer.policy, [answer])) + end
-        await send(end, last=True)
+        await send(_end(call, answer, rewrite.created), last=True)
     finally:
         _log(call, answer)
+
+
+def _end(call: _Call, answer: _Answer, created: int) -> bytes:
+    if call.include_usage and answer.usage:
+        return sse.event(_last_chunk(call, answer.id, created, answer.policy, [answer])) + sse.DONE
+    return sse.DONE
+
+
+# One answer, the best of several
+
+
+async def _answer_best(call: _Call) -> bytes:
+    drawn = _begin_draws(call)
+    given = drawn[0]
+    try:
+        async with _time_limit(call):
+            results = await asyncio.gather(*(_complete(call, answer) for answer in drawn), return_exceptions=True)
+            given = await _best(call, drawn)
+        _raise_faults(results)
+        if given.whole is None:
+            raise next(result for result in results if isinstance(result, ApiError))
+    finally:
+        _log(call, given)
+    return _body(call, given)
+
+
+async def _stream_best(call: _Call, send: sse.SendBytes) -> None:
+    drawn = _begin_draws(call)
+    model = call.state.settings.chat.model_name
+    rewriters = [sse.Rewriter(id=answer.id, model=model, fingerprint=answer.policy) for answer in drawn]
+    held = [_Held() for _ in drawn]
+    readers = [
+        asyncio.create_task(_forward(call, answer, rewrite, hold))
+        for answer, rewrite, hold in zip(drawn, rewriters, held, strict=True)
+    ]
+    on_record = [drawn[0]]
+    async with _reading(call, readers, on_record):
+        await asyncio.wait(readers)
+        _raise_faults([reader.exception() for reader in readers])
+        given = await _best(call, drawn)
+        on_record[0] = given
+        place = drawn.index(given)
+        await readers[place]  # raises where all have failed
+        given.first_token_ms = _elapsed_ms(call)
+        await send(held[place].sent + _end(call, given, rewriters[place].created), last=True)
+    _log(call, given)
+
+
+def _begin_draws(call: _Call) -> list[_Answer]:
+    """As many answers as are to be drawn, all but the first of no priority. With the user's own seed they can be
+    repeated."""
+    seed = call.sampling.get("seed")
+    chance = call.state.rng if seed is None else random.Random(seed)
+    call.state.metrics.unseen.inc(call.draws - 1)
+    return [
+        _begin(call, call.serving, priority=min(place, 1), seed=chance.randrange(2**31)) for place in range(call.draws)
+    ]
+
+
+async def _best(call: _Call, drawn: list[_Answer]) -> _Answer:
+    """The answer that the reward model likes best; the first that is whole where there are no scores."""
+    whole = [answer for answer in drawn if answer.status is CompletionStatus.COMPLETE]
+    if len(whole) > 1 and (scores := await call.state.scorer.score(call.messages, [answer.text for answer in whole])):
+        given = whole[pairing.best(scores)]
+        given.sampling |= {"best_of_n": len(whole), "reward_model": call.state.scorer.reward_model}
+        return given
+    return whole[0] if whole else drawn[0]
+
+
+class _Held:
+    """Takes a stream in the client's place, until it is known whether that is to get it."""
+
+    def __init__(self) -> None:
+        self.sent = b""
+
+    async def __call__(self, chunk: bytes, *, last: bool = False) -> None:
+        self.sent += chunk
 
 
 # Two answers
@@ -241,28 +349,30 @@ async def _stream_plain(call: _Call, send: sse.SendBytes) -> None:
 
 async def _answer_pair(call: _Call) -> bytes:
     pair = _begin_pair(call)
+    unseen = _begin_unseen(call)
     try:
         async with _time_limit(call):
-            results = await asyncio.gather(*(_complete(call, answer) for answer in pair), return_exceptions=True)
+            drawn = [*pair, *unseen]
+            results = await asyncio.gather(*(_complete(call, answer) for answer in drawn), return_exceptions=True)
+            _raise_faults(results)
+            kind = await _settle(call, pair, unseen)
+        whole = [(answer, answer.whole) for answer in pair if answer.whole]
+        if not whole:
+            raise next(result for result in results if isinstance(result, ApiError))
     except BaseException:
         for answer in pair:
             _log(call, answer)
         raise
-    given = [result for result in results if isinstance(result, _EngineAnswer)]
-    errors = [result for result in results if isinstance(result, BaseException)]
-    if not given or not all(isinstance(error, ApiError) for error in errors):
-        for answer in pair:
-            _log(call, answer)
-        raise errors[0]
-    asked = await _log_pair(call, pair)
-    whole = [answer for answer in pair if answer.status is CompletionStatus.COMPLETE]
-    shown = whole if asked else whole[:1]
+    asked = await _log_pair(call, pair, kind)
+    if not asked:
+        whole = whole[:1]
+    shown = [answer for answer, _ in whole]
     response = {
         "id": shown[0].id,
         "object": "chat.completion",
-        "created": given[0].created,
+        "created": whole[0][1].created,
         "model": call.state.settings.chat.model_name,
-        "choices": [_choice(one.choices[0], index) for index, one in enumerate(given[: len(shown)])],
+        "choices": [_choice(said.choices[0], index) for index, (_, said) in enumerate(whole)],
         "usage": _sum_usage(shown),
         "system_fingerprint": None if asked else shown[0].policy,
     }
@@ -272,6 +382,7 @@ async def _answer_pair(call: _Call) -> bytes:
 
 
 async def _stream_pair(call: _Call, send: sse.SendBytes) -> None:
+    assert call.plan is not None
     pair = _begin_pair(call)
     model = call.state.settings.chat.model_name
     rewriters = [sse.Rewriter(id=pair[0].id, model=model, fingerprint=None, index=index) for index in (0, 1)]
@@ -279,25 +390,63 @@ async def _stream_pair(call: _Call, send: sse.SendBytes) -> None:
         asyncio.create_task(_forward(call, answer, rewrite, send))
         for answer, rewrite in zip(pair, rewriters, strict=True)
     ]
-    try:
-        async with _time_limit(call):
-            # The first answer is the one that stays if the other fails, so its failure is the request's.
-            await asyncio.wait(readers, return_when=asyncio.FIRST_EXCEPTION)
-            await readers[0]
-            await asyncio.wait(readers)
-            if (error := readers[1].exception()) and not isinstance(error, ApiError):
-                raise error  # a fault of ours; an engine's makes the first a plain answer
-    except BaseException:
-        for reader in readers:
-            reader.cancel()
-        try:
-            await asyncio.gather(*readers, return_exceptions=True)
-        finally:  # the client may leave just now
-            for answer in pair:
-                _log(call, answer)
-        raise
-    asked = await _log_pair(call, pair)
-    last = _last_chunk(call, pair[0].id, rewriters[0].created, None if asked else pair[0].policy, pair)
+    async with _reading(call, readers, pair):
+        # The first answer is the one that stays if the other fails, so its failure is the request's.
+        await asyncio.wait(readers, return_when=asyncio.FIRST_EXCEPTION)
+        await readers[0]
+        await asyncio.wait(readers)
+        _raise_faults([readers[1].exception()])
+    await _end_pair(call, pair, call.plan.kind, rewriters[0].created, send)
+
+
+async def _stream_active(call: _Call, send: sse.SendBytes) -> None:
+    """The answer drawn first streams at once, on its side; on the other side, once all have ended, the one that is
+    worth asking about. If no other came whole, the first stands on both sides, as where two read the same."""
+    plan = call.plan
+    assert plan is not None
+    first, other = plan.first, 1 - plan.first
+    pair = _begin_pair(call)
+    drawn = [pair[first], pair[other], *_begin_unseen(call)]
+    rewriter = partial(sse.Rewriter, id=pair[0].id, model=call.state.settings.chat.model_name, fingerprint=None)
+    rewriters = [rewriter(index=first), *(rewriter(index=other) for _ in drawn[1:])]
+    held = [_Held() for _ in drawn[1:]]
+    begun = False
+
+    async def show(chunk: bytes, *, last: bool = False) -> None:
+        nonlocal begun
+        if not begun:  # that there will be two, for whoever lays them out
+            begun = True
+            empty = {"index": other, "delta": {"content": ""}, "logprobs": None, "finish_reason": None}
+            opening = _last_chunk(call, pair[0].id, rewriters[0].created, None, []) | {"choices": [empty]}
+            opening.pop("usage", None)
+            chunk += sse.event(opening)
+        await send(chunk, last=last)
+
+    outlets: list[sse.SendBytes] = [show, *held]
+    readers = [
+        asyncio.create_task(_forward(call, answer, rewrite, out))
+        for answer, rewrite, out in zip(drawn, rewriters, outlets, strict=True)
+    ]
+    on_record = [drawn[0]]
+    async with _reading(call, readers, on_record):
+        await readers[0]
+        await asyncio.wait(readers)
+        _raise_faults([reader.exception() for reader in readers])
+        kind = await _settle(call, pair, drawn[2:])
+        chosen = next(place for place, answer in enumerate(drawn) if answer is pair[other])
+        second = held[chosen - 1].sent
+        if pair[other].status is not CompletionStatus.COMPLETE:
+            second = rewriter(index=other)(rewriters[0].events)
+        on_record[:] = pair
+        pair[other].first_token_ms = _elapsed_ms(call)
+        await send(second)
+    await _end_pair(call, pair, kind, rewriters[0].created, send)
+
+
+async def _end_pair(call: _Call, pair: list[_Answer], kind: ComparisonKind, created: int, send: sse.SendBytes) -> None:
+    asked = await _log_pair(call, pair, kind)
+    whole = [answer for answer in pair if answer.status is CompletionStatus.COMPLETE]
+    last = _last_chunk(call, pair[0].id, created, None if asked else whole[0].policy, pair)
     if asked:
         last["comparison"] = asked
     await send(sse.event(last) + sse.DONE, last=True)
@@ -308,7 +457,62 @@ def _begin_pair(call: _Call) -> list[_Answer]:
     return [_begin(call, policy, seed=seed) for policy, seed in zip(call.plan.policies, call.plan.seeds, strict=True)]
 
 
-async def _log_pair(call: _Call, pair: list[_Answer]) -> dict[str, str] | None:
+def _begin_unseen(call: _Call) -> list[_Answer]:
+    """The further answers of an active pair, which people's own go before."""
+    assert call.plan is not None
+    call.state.metrics.unseen.inc(len(call.plan.more_seeds))
+    return [_begin(call, call.serving, priority=1, seed=seed) for seed in call.plan.more_seeds]
+
+
+async def _settle(call: _Call, pair: list[_Answer], unseen: list[_Answer]) -> ComparisonKind:
+    """Of the answers beside that drawn first, put the one to be shown in its place in `pair`; the pair's kind.
+
+    It is the one that the reward model is least sure about; without scores, the first that differs: a random pair."""
+    plan = call.plan
+    assert plan is not None
+    first, drawn_second = pair[plan.first], pair[1 - plan.first]
+    if plan.kind is not ComparisonKind.ACTIVE or first.status is not CompletionStatus.COMPLETE:
+        return plan.kind
+    kind = ComparisonKind.SAME_POLICY
+    whole = [answer for answer in [drawn_second, *unseen] if answer.status is CompletionStatus.COMPLETE]
+    different = [answer for answer in whole if not pairing.same_text(answer.text, first.text)]
+    chosen = next(iter(different or whole), drawn_second)
+    if len(different) > 1:
+        scores = await call.state.scorer.score(call.messages, [first.text, *(answer.text for answer in different)])
+        place = pairing.most_disputed(scores[0], scores[1:]) if scores else None
+        if place is not None:
+            kind, chosen = ComparisonKind.ACTIVE, different[place]
+    # The response bears the id of the answer at index 0, and has begun.
+    chosen.id, drawn_second.id = drawn_second.id, chosen.id
+    pair[1 - plan.first] = chosen
+    return kind
+
+
+def _raise_faults(results: Sequence[object]) -> None:
+    """Raise what is a fault of ours; where the engine's make one answer fail, the others stay."""
+    for result in results:
+        if isinstance(result, BaseException) and not isinstance(result, ApiError):
+            raise result
+
+
+@asynccontextmanager
+async def _reading(call: _Call, readers: list[asyncio.Task[None]], on_record: list[_Answer]) -> AsyncIterator[None]:
+    """Within the time limit; should anything go wrong inside, stop the readers and log the answers of `on_record`."""
+    try:
+        async with _time_limit(call):
+            yield
+    except BaseException:
+        for reader in readers:
+            reader.cancel()
+        try:
+            await asyncio.gather(*readers, return_exceptions=True)
+        finally:  # the client may leave just now
+            for answer in on_record:
+                _log(call, answer)
+        raise
+
+
+async def _log_pair(call: _Call, pair: list[_Answer], kind: ComparisonKind) -> dict[str, str] | None:
     """Put both answers on disk and, where they can be compared, the comparison; what the client is told of it."""
     assert call.plan is not None
     a, b = pair
@@ -322,7 +526,7 @@ async def _log_pair(call: _Call, pair: list[_Answer]) -> dict[str, str] | None:
         key_id=call.key.id,
         a=a.id,
         b=b.id,
-        kind=call.plan.kind,
+        kind=kind,
         swapped=call.plan.swapped,
         created_at=timestamp(),
         expires_at=timestamp(plus_s=call.state.settings.comparisons.expires_after_s),
@@ -345,9 +549,10 @@ async def _log_pair(call: _Call, pair: list[_Answer]) -> dict[str, str] | None:
 # What both share
 
 
-def _begin(call: _Call, policy: str, **more_sampling: Any) -> _Answer:
+def _begin(call: _Call, policy: str, *, priority: int = 0, **more_sampling: Any) -> _Answer:
+    """`priority`: 0 for what people wait for, 1 for what may come after that."""
     sampling = call.sampling | more_sampling
-    request = sampling | {"model": policy, "messages": call.messages, "priority": 0}
+    request = sampling | {"model": policy, "messages": call.messages, "priority": priority}
     if call.stream:
         request |= {"stream": True, "stream_options": {"include_usage": True}}
     try:
@@ -356,8 +561,8 @@ def _begin(call: _Call, policy: str, **more_sampling: Any) -> _Answer:
         raise ApiError(400, f"The request holds what cannot be passed on: {error}.", code="invalid_value") from None
 
 
-async def _complete(call: _Call, answer: _Answer) -> _EngineAnswer:
-    """The engine's whole answer to one request that does not stream."""
+async def _complete(call: _Call, answer: _Answer) -> None:
+    """Read the engine's whole answer to one request that does not stream."""
     try:
         async with call.state.engines.chat(answer.policy, answer.request) as upstream:
             whole = _EngineAnswer.model_validate_json(await upstream.read())
@@ -378,9 +583,9 @@ async def _complete(call: _Call, answer: _Answer) -> _EngineAnswer:
         for choice in whole.choices
     }
     answer.usage = whole.usage.model_dump()
+    answer.whole = whole
     answer.status = CompletionStatus.COMPLETE
     answer.total_ms = _elapsed_ms(call)
-    return whole
 
 
 async def _forward(call: _Call, answer: _Answer, rewrite: sse.Rewriter, send: sse.SendBytes) -> None:

@@ -148,7 +148,9 @@ def _service(settings: Settings) -> Iterator[Check]:
     try:
         with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
             yield Check("Service", True, f"{address} is ready: {response.read(200).decode(errors='replace')}")
-            return
+        if settings.wants_scores:
+            yield _scorer(settings)
+        return
     except urllib.error.HTTPError as error:
         yield Check("Service", False, f"{address} answers {error.code}", error.read(500).decode(errors="replace"))
         return
@@ -165,3 +167,33 @@ def _service(settings: Settings) -> Iterator[Check]:
                 yield Check("Engine", True, url)
         except (OSError, HTTPException, ValueError) as error:
             yield Check("Engine", False, f"{url}: {error}", "Start the vLLM server there, or correct engine.urls.")
+
+
+def _scorer(settings: Settings) -> Check:
+    """Without it everything works but active pairs and best of n."""
+    import json
+    import socket
+    from http.client import HTTPConnection
+
+    from data.learning import scorer_address
+
+    folder = -1
+    try:
+        folder = os.open(settings.state, os.O_PATH | os.O_DIRECTORY)
+        with closing(HTTPConnection("scorer", timeout=5)) as connection:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(5)
+            connection.sock.connect(scorer_address(folder))
+            connection.request("GET", "/")
+            said = json.load(connection.getresponse())
+    except (OSError, HTTPException, ValueError) as error:
+        mend = (
+            f"`nightshift up` starts it and logs to {settings.state / 'logs' / 'scorer.log'}; see what it says there."
+        )
+        return Check("Scorer", False, f"it does not answer ({error}): pairs are drawn by chance", mend)
+    finally:
+        if folder >= 0:
+            os.close(folder)
+    problem, model = said["problem"], said["reward_model"]
+    found = problem or (f"{model} scores answers" if model else "no reward model yet: pairs are drawn by chance")
+    return Check("Scorer", problem is None, found, "Train anew: `nightshift train`.")

@@ -26,6 +26,20 @@ class Metrics:
             "nightshift_completions", "Answers, by how they ended.", ["status"], registry=self.registry
         )
         self.comparisons = Counter("nightshift_comparisons", "Comparisons shown.", registry=self.registry)
+        self.unseen = Counter(
+            "nightshift_unseen_answers",
+            "Answers drawn for an active pair or for best of n beyond those that a plain pair or answer takes.",
+            registry=self.registry,
+        )
+        self.scorings = Counter(
+            "nightshift_scorings",
+            "Requests whose answers the reward model was to score, by what became of it.",
+            ["outcome"],
+            registry=self.registry,
+        )
+        self.scored_by = Gauge(
+            "nightshift_reward_model", "1 for the reward model that scores answers.", ["id"], registry=self.registry
+        )
         self.votes = Counter("nightshift_votes", "Votes acknowledged.", ["choice"], registry=self.registry)
         self.lost_writes = Counter(
             "nightshift_lost_writes", "Answers given that could not be logged.", registry=self.registry

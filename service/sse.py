@@ -49,7 +49,7 @@ class Rewriter:
         self._cut = b""
         self._put = b""
         self._choice = b""
-        self._events: list[bytes] = []
+        self.events: list[bytes] = []
         self.created = 0
         self.usage: dict[str, int] | None = None
         self.ended = False
@@ -69,7 +69,7 @@ class Rewriter:
                 self._learn(event)
             if event.startswith(self._cut) and (tail := event[len(self._cut) :]).startswith(self._choice):
                 sent += self._put + tail[len(self._choice) :] + b"\n\n"
-                self._events.append(event)
+                self.events.append(event)
                 continue
             try:
                 sent += self._slowly(event)
@@ -86,7 +86,7 @@ class Rewriter:
         if not chunk.get("choices"):
             return b""
         # Another version's field order.
-        self._events.append(event)
+        self.events.append(event)
         self.created = chunk["created"]
         chunk |= self._new_head
         if self._index is not None:
@@ -108,7 +108,7 @@ class Rewriter:
     def transcripts(self) -> dict[int, dict[str, Any]]:
         """The finished text of each upstream choice: {index: {"content", "tool_calls", "finish_reason"}}."""
         choices: dict[int, dict[str, Any]] = {}
-        for event in self._events:
+        for event in self.events:
             for choice in orjson.loads(event[6:])["choices"]:
                 said = choices.setdefault(choice["index"], {"content": [], "tool_calls": {}, "finish_reason": None})
                 delta = choice["delta"]

@@ -18,6 +18,7 @@ from service.engine import Engines
 from service.errors import storage_unavailable
 from service.hot_swap import HotSwap
 from service.metrics import Metrics
+from service.scoring import Scorer
 
 log = logging.getLogger("nightshift")
 
@@ -34,6 +35,7 @@ class State:
     writer: Writer
     engines: Engines
     hot_swap: HotSwap
+    scorer: Scorer
     metrics: Metrics
     rng: random.Random
 

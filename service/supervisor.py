@@ -1,4 +1,4 @@
-"""`nightshift up`: starts engine, API and clock, watches them, restarts what dies, and leaves nothing behind."""
+"""`nightshift up`: starts engine, API, clock and scorer, restarts what dies, and leaves nothing behind."""
 
 import asyncio
 import ctypes
@@ -34,6 +34,7 @@ ENGINE_STARTS = 3
 ENGINE_STOP_S = 35.0
 CLOCK_STOP_S = 35.0
 """The run under way ends in order first."""
+SCORER_STOP_S = 5.0
 LARGEST_LOG = 20_000_000
 
 
@@ -266,8 +267,12 @@ def _children(settings: Settings, model: Path) -> list[Child]:
         settings.server.shutdown_timeout_s + 5.0,
     )
     clock = Child("clock", [sys.executable, "-P", "-m", "trainer", "clock"], {}, logs / "clock.log", CLOCK_STOP_S)
+    ours = [api, clock]
+    if settings.wants_scores:
+        scorer = [sys.executable, "-P", "-m", "trainer", "scorer"]
+        ours.append(Child("scorer", scorer, {"OMP_NUM_THREADS": "1"}, logs / "scorer.log", SCORER_STOP_S))
     if settings.engine.urls:
-        return [api, clock]
+        return ours
     port = settings.engine.port or _free_port()
     url, key = f"http://127.0.0.1:{port}", secrets.token_urlsafe(32)
     api.environment |= {"NIGHTSHIFT_ENGINE__URLS": json.dumps([url]), "NIGHTSHIFT_ENGINE__API_KEY": key}
@@ -284,7 +289,7 @@ def _children(settings: Settings, model: Path) -> list[Child]:
         logs / "engine.log",
         ENGINE_STOP_S,
     )
-    return [engine, api, clock]
+    return [engine, *ours]
 
 
 def _engine_file(state: Path) -> Path:

@@ -1,5 +1,6 @@
 """`python -m trainer once`: carry a run to its end, with a live display on standard error.
-`python -m trainer clock`: start the runs that are due, until told to stop."""
+`python -m trainer clock`: start the runs that are due, until told to stop.
+`python -m trainer scorer`: score answers for the service with the newest reward model, until told to stop."""
 
 import argparse
 import ctypes
@@ -23,7 +24,7 @@ from trainer.progress import Display
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m trainer", description=__doc__)
-    parser.add_argument("verb", choices=["once", "clock"])
+    parser.add_argument("verb", choices=["once", "clock", "scorer"])
     parser.add_argument(
         "--request", action="store_true", help="once: ask for a run, rather than take the one in the queue"
     )
@@ -39,6 +40,11 @@ def main() -> int:
         from trainer.clock import keep_time
 
         return keep_time(settings)
+    if arguments.verb == "scorer":
+        from trainer.scorer import serve
+
+        signal.signal(signal.SIGTERM, stop)
+        return serve(settings)
     config = {} if arguments.seed is None else {"seed": arguments.seed}
     return once(settings, request=config if arguments.request else None, as_json=arguments.json)
 

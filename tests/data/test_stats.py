@@ -7,7 +7,7 @@ from sqlite_utils import Database
 from data import audit, comparisons, completions, duels, gold, learning, runs, stats, trusted
 from data.database import transaction
 from data.learning import RewardModelRow
-from data.types import BASE_POLICY, Choice, DuelKind, DuelStatus, Role, RunStatus, timestamp
+from data.types import BASE_POLICY, Choice, ComparisonKind, DuelKind, DuelStatus, Role, RunStatus, timestamp
 from service import trial
 from tests.conftest import AddPair, AddPolicy, MakeKey
 
@@ -89,6 +89,18 @@ def test_raters_agree_where_two_prefer_the_same_answer(db: Database, add_pair: A
     vote(db, add_pair(owner), owner, "a")
     figures = stats.agreement(db)
     assert (figures["count"], figures["total"]) == (2, 3)
+
+
+def test_agreement_leaves_out_pairs_that_were_chosen_for_being_hard(
+    db: Database, add_pair: AddPair, make_key: MakeKey
+) -> None:
+    owner, rater = make_key()[0].id, make_key(Role.RATER)[0].id
+    for kind in ComparisonKind:
+        comparison = add_pair(owner, kind=kind)
+        vote(db, comparison, owner, "a")
+        vote_as_rater(db, comparison, rater, "b" if kind is ComparisonKind.ACTIVE else "a")
+    figures = stats.agreement(db)
+    assert (figures["count"], figures["total"]) == (len(ComparisonKind) - 1, len(ComparisonKind) - 1)
 
 
 def test_gold_answers_are_counted_once_given(db: Database, make_key: MakeKey) -> None:

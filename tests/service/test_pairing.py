@@ -3,12 +3,14 @@
 import random
 from math import sqrt
 
+import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import ValidationError
 
 from data.settings import ComparisonSettings
 from data.types import ComparisonKind, Duel, DuelKind, DuelStatus, Feedback
-from service.pairing import PairPlan, plan_pair, same_text, wants_pair
+from service.pairing import PairPlan, best, most_disputed, plan_pair, same_text, wants_pair
 
 SETTINGS = st.builds(
     ComparisonSettings, rate=st.floats(0, 1), daily_cap=st.integers(0, 5), cooldown_turns=st.integers(0, 5)
@@ -121,3 +123,72 @@ def test_a_duel_takes_its_share_of_the_pairs_and_both_sides() -> None:
     assert abs(swapped - 0.5) < 4 * sqrt(0.25 / len(duels))
     assert all(plan == PairPlan(ComparisonKind.SAME_POLICY, ("policy-0000",) * 2, plan.seeds, plan.swapped)
                for plan in plans if not plan.duel_id)  # fmt: skip
+
+
+# Active pairs
+
+
+def test_an_active_pair_draws_more_answers_and_shows_the_first_on_either_side() -> None:
+    rng, n = random.Random(0), 20_000
+    plans = [plan_pair("p", seed=None, rng=rng, active_share=0.8, active_draws=5) for _ in range(n)]
+    active = [plan for plan in plans if plan.kind is ComparisonKind.ACTIVE]
+    assert abs(len(active) - 0.8 * n) <= 4 * sqrt(n * 0.8 * 0.2)
+    assert all(len({*plan.seeds, *plan.more_seeds}) == 5 for plan in active)
+    assert abs(sum(plan.first for plan in active) - len(active) / 2) <= 4 * sqrt(len(active) / 4)
+    assert all(plan.more_seeds == () for plan in plans if plan.kind is ComparisonKind.SAME_POLICY)
+
+
+@given(st.integers(0, 2**31), st.integers())
+def test_the_user_s_seed_decides_all_draws_of_an_active_pair(seed: int, chance: int) -> None:
+    one = plan_pair("p", seed=seed, rng=random.Random(chance), active_share=1.0)
+    other = plan_pair("p", seed=seed, rng=random.Random(chance + 1), active_share=1.0)
+    plain = plan_pair("p", seed=seed, rng=random.Random(chance))
+    assert one.more_seeds == other.more_seeds
+    assert one.seeds[one.first] == other.seeds[other.first] == plain.seeds[plain.first]
+
+
+def test_a_duel_is_never_active() -> None:
+    rng = random.Random(0)
+    plans = [plan_pair("p", seed=None, rng=rng, duel=DUEL, share=0.5, active_share=1.0) for _ in range(200)]
+    assert {(plan.kind, plan.more_seeds == ()) for plan in plans} == {
+        (ComparisonKind.TRIAL, True),
+        (ComparisonKind.ACTIVE, False),
+    }
+
+
+def test_at_least_a_fifth_of_the_pairs_stays_random() -> None:
+    with pytest.raises(ValidationError, match="active_share"):
+        ComparisonSettings(active_share=0.81)
+
+
+def test_the_most_disputed_is_where_the_heads_differ_about_the_difference() -> None:
+    first = [5.0, -5.0]
+    better = [8.0, -2.0]  # both heads: 3 better
+    disputed = [5.5, -5.5]  # one: better, the other: worse
+    assert most_disputed(first, [better, disputed]) == 1
+    assert most_disputed(first, [disputed, better]) == 0
+    assert most_disputed([0.0, 0.0], [better, disputed]) == 1, "5.5 and -5.5 are further apart than 8 and -2"
+
+
+SCORES = st.lists(st.integers(-8, 8).map(float), min_size=3, max_size=3)
+
+
+@given(SCORES, st.lists(SCORES, min_size=1, max_size=4), st.integers(-8, 8))
+def test_what_all_heads_see_alike_changes_no_choice(
+    first: list[float], challengers: list[list[float]], shift: int
+) -> None:
+    chosen = most_disputed(first, challengers)
+    moved = [[score + shift for score in scores] for scores in challengers]
+    assert most_disputed(first, moved) == chosen
+    assert most_disputed([score * 4 for score in first], [[s * 4 for s in scores] for scores in challengers]) == chosen
+
+
+@given(SCORES, st.lists(st.integers(-8, 8), min_size=1, max_size=4))
+def test_heads_that_agree_on_every_difference_dispute_nothing(first: list[float], steps: list[int]) -> None:
+    assert most_disputed(first, [[score + step for score in first] for step in steps]) is None
+    assert most_disputed(first[:1], [[float(step)] for step in steps]) is None, "one head cannot disagree"
+
+
+def test_the_best_has_the_highest_mean_and_comes_first_among_equals() -> None:
+    assert best([[0.0, 0.0], [3.0, -1.0], [4.0, -5.0]]) == 1
+    assert best([[1.0, 1.0], [2.0, 0.0]]) == 0

@@ -177,12 +177,21 @@ def tiny_model(folder: Path) -> Path:
     return folder
 
 
-@pytest.mark.parametrize(("urls", "names"), [([], ["engine", "API", "clock"]), (["http://other"], ["API", "clock"])])
-def test_the_clock_runs_whoever_runs_the_engine(tmp_path: Path, urls: list[str], names: list[str]) -> None:
+@pytest.mark.parametrize(("urls", "engine"), [([], ["engine"]), (["http://other"], [])])
+def test_clock_and_scorer_run_whoever_runs_the_engine(tmp_path: Path, urls: list[str], engine: list[str]) -> None:
     settings = Settings(state=tmp_path, engine=EngineSettings(urls=urls))
     children = supervisor._children(settings, tmp_path)
-    assert [child.name for child in children] == names
-    assert children[-1].log == tmp_path / "logs" / "clock.log"
+    assert [child.name for child in children] == [*engine, "API", "clock", "scorer"]
+    assert [child.log.name for child in children[-2:]] == ["clock.log", "scorer.log"]
+
+
+@pytest.mark.parametrize(("best_of_n", "scorers"), [(1, 0), (2, 1)])
+def test_no_scorer_runs_where_nothing_wants_scores(tmp_path: Path, best_of_n: int, scorers: int) -> None:
+    settings = Settings(state=tmp_path)
+    settings.comparisons.active_share = 0.0
+    settings.serving.best_of_n = best_of_n
+    names = [child.name for child in supervisor._children(settings, tmp_path)]
+    assert names.count("scorer") == scorers
 
 
 async def test_a_house_has_a_clock_that_comes_back_and_stops_with_it(

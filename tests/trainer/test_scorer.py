@@ -1,0 +1,306 @@
+"""The process that scores answers for the service: which reward model it takes, what it says, how it ends."""
+
+import http.client
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import closing, contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from sqlite_utils import Database
+from transformers import LlamaConfig, LlamaForCausalLM
+
+from data import learning, registry
+from data.database import connect, transaction
+from data.ids import new_id
+from data.settings import Settings, TrainingSettings
+from data.types import timestamp
+from trainer.backbone import Backbone
+from trainer.encoding import ChatFormat
+from trainer.reward_model import RewardModel
+from trainer.scorer import CannotScore, Scorer, Server
+
+ROOT = Path(__file__).parents[2]
+HELLO = [{"role": "user", "content": "Hello"}]
+
+
+@pytest.fixture
+def settings(tmp_path: Path, chat: ChatFormat, plain_environment: None) -> Settings:
+    """A model of a moment, and a state folder whose path is longer than a socket's may be."""
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=len(chat.tokenizer), hidden_size=32, intermediate_size=64, num_hidden_layers=1,
+        num_attention_heads=1, initializer_range=0.2, eos_token_id=[1, 2], pad_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    chat.tokenizer.save_pretrained(tmp_path / "model")
+    training = TrainingSettings(rank=8, alpha=16, bf16=False, max_prompt_tokens=64, max_answer_tokens=32)
+    state = tmp_path / "a" * 100 / "state"
+    state.mkdir(parents=True)
+    return Settings(state=state, model=str(tmp_path / "model"), training=training)
+
+
+@pytest.fixture
+def db(settings: Settings) -> Iterator[Database]:
+    with closing(connect(settings.database)) as connection:
+        with transaction(connection):
+            connection.execute(
+                "INSERT INTO runs (id, status, requested_by, config, created_at) VALUES ('run_1', 'succeeded', 'cli',"
+                " '{}', ?)",
+                (timestamp(),),
+            )
+        yield connection
+
+
+def add_reward_model(settings: Settings, db: Database, *, seed: int = 0, heads: int = 3, rank: int = 8) -> RewardModel:
+    """Publish a reward model that says something; as it is in memory."""
+    backbone = Backbone.load(settings.model, rank=rank, alpha=16, bf16=False)
+    model = RewardModel(backbone, "reward", heads=heads, seed=seed)
+    for layer in backbone.adapters.layers.values():
+        torch.nn.init.normal_(layer.lora_b["reward"], std=0.1)
+    model.shift, model.scale = 0.5, 2.0
+    id = new_id("rm")
+    path, sha256 = registry.publish_folder(settings.state, id, model.save, parent="reward_models")
+    with transaction(db):
+        learning.insert_reward_model(db, learning.RewardModelRow(id, "run_1", path, sha256, {}))
+    return model
+
+
+def expected(model: RewardModel, chat: ChatFormat, texts: list[str]) -> list[list[float]]:
+    rewards = model.rewards([chat.answer(HELLO, text) for text in texts])
+    scores: list[list[float]] = ((rewards - 0.5) / 2.0).tolist()
+    return scores
+
+
+def test_it_says_what_each_head_of_the_newest_reward_model_says(
+    settings: Settings, db: Database, chat: ChatFormat
+) -> None:
+    scorer = Scorer(settings)
+    scorer.look()
+    assert scorer.reward_model is None
+    texts = ["One.", "Two, and more.", "x"]
+    for seed in (1, 2, 3):
+        model = add_reward_model(settings, db, seed=seed, heads=seed)
+        scorer.look()
+        newest = learning.newest_reward_model(db)
+        assert newest is not None
+        assert scorer.reward_model == newest.id
+        scores = scorer.score(HELLO, texts)
+        assert torch.allclose(torch.tensor(scores), torch.tensor(expected(model, chat, texts)), atol=1e-5)
+        assert torch.tensor(scores).std() > 0.01
+
+
+def test_one_that_cannot_be_loaded_leaves_the_one_before_in_its_place(
+    settings: Settings, db: Database, chat: ChatFormat, capsys: pytest.CaptureFixture[str]
+) -> None:
+    scorer = Scorer(settings)
+    model = add_reward_model(settings, db)
+    scorer.look()
+    good = scorer.reward_model
+
+    add_reward_model(settings, db, seed=1)
+    damaged = learning.newest_reward_model(db)
+    assert damaged is not None
+    (settings.state / damaged.path / "heads.safetensors").write_bytes(b"damaged")
+    scorer.look()
+    assert scorer.reward_model == good
+    assert scorer.problem is not None
+    assert damaged.id in scorer.problem
+    assert "sha256" in scorer.problem
+
+    add_reward_model(settings, db, seed=2, rank=16)
+    scorer.look()
+    assert scorer.reward_model == good
+    assert "another rank" in scorer.problem
+    assert torch.allclose(
+        torch.tensor(scorer.score(HELLO, ["One."])), torch.tensor(expected(model, chat, ["One."])), atol=1e-5
+    )
+    add_reward_model(settings, db, seed=3)
+    scorer.look()
+    assert scorer.reward_model != good
+    assert scorer.problem is None
+
+
+def test_a_reward_model_outside_its_folder_is_not_read(settings: Settings, db: Database) -> None:
+    add_reward_model(settings, db)
+    with transaction(db):
+        db.execute("UPDATE reward_models SET path = 'policies/../../elsewhere'")
+    row = learning.newest_reward_model(db)
+    assert row is not None
+    with pytest.raises(registry.RegistryError, match="outside"):
+        learning.checked_folder(settings.state, row)
+
+
+@pytest.mark.parametrize(
+    ("messages", "answers", "why"),
+    [
+        ([{"role": "user", "content": "x" * 100}], ["One."], "max_prompt_tokens"),
+        (HELLO, ["One.", "x" * 100], "max_answer_tokens"),
+        ([{"role": "user"}, "what?"], ["One."], "chat template"),
+    ],
+)
+def test_what_it_was_not_made_for_it_does_not_score(
+    settings: Settings, db: Database, messages: list[Any], answers: list[str], why: str
+) -> None:
+    add_reward_model(settings, db)
+    scorer = Scorer(settings)
+    scorer.look()
+    with pytest.raises(CannotScore, match=why):
+        scorer.score(messages, answers)
+
+
+# Over the socket
+
+
+@contextmanager
+def connected(settings: Settings) -> Iterator[http.client.HTTPConnection]:
+    folder = os.open(settings.state, os.O_PATH | os.O_DIRECTORY)
+    try:
+        with closing(http.client.HTTPConnection("scorer")) as connection:
+            connection.sock = socket.socket(socket.AF_UNIX)
+            connection.sock.settimeout(30)
+            connection.sock.connect(learning.scorer_address(folder))
+            yield connection
+    finally:
+        os.close(folder)
+
+
+def ask(settings: Settings, method: str = "GET", body: str | None = None) -> tuple[int, Any]:
+    with connected(settings) as connection:
+        connection.request(method, "/", body)
+        response = connection.getresponse()
+        return response.status, json.load(response)
+
+
+@contextmanager
+def serving(settings: Settings, scorer: Any) -> Iterator[None]:
+    folder = os.open(settings.state, os.O_PATH | os.O_DIRECTORY)
+    with Server(scorer, learning.scorer_address(folder)) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield
+        server.shutdown()
+        thread.join()
+    os.close(folder)
+
+
+class StandIn:
+    """A reward model that takes its time."""
+
+    def __init__(self) -> None:
+        self.reward_model: str | None = "rm_1"
+        self.problem: str | None = None
+        self.scored: list[list[str]] = []
+        self.go_on = threading.Event()
+
+    def look(self) -> None:
+        pass
+
+    def score(self, messages: list[Any], answers: list[str]) -> list[list[float]]:
+        self.scored.append(answers)
+        assert self.go_on.wait(30)
+        return [[0.0]] * len(answers)
+
+
+@pytest.mark.parametrize(
+    "body",
+    ["", "nonsense", "[]", '{"messages": []}', '{"messages": 3, "answers": ["x"]}', '{"messages": [], "answers": []}'],
+)
+def test_a_request_that_makes_no_sense_is_told_so(settings: Settings, body: str) -> None:
+    with serving(settings, StandIn()):
+        status, said = ask(settings, "POST", body)
+    assert status == 400
+    assert "answers" in said["error"] or "one answer" in said["error"]
+
+
+def test_who_has_left_is_not_scored_for(settings: Settings) -> None:
+    model = StandIn()
+    request = json.dumps({"messages": HELLO, "answers": ["%s"]})
+    with serving(settings, model), connected(settings) as patient:
+        patient.request("POST", "/", request % "patient")
+        while not model.scored:
+            time.sleep(0.01)
+        with connected(settings) as hurried:
+            hurried.request("POST", "/", request % "hurried")
+        with connected(settings) as last:
+            last.request("POST", "/", request % "last")
+            model.go_on.set()
+            assert patient.getresponse().status == 200
+            assert last.getresponse().status == 200
+    assert model.scored == [["patient"], ["last"]]
+
+
+def test_without_a_reward_model_it_says_so_and_why(settings: Settings) -> None:
+    model = StandIn()
+    model.reward_model = None
+    with serving(settings, model):
+        assert ask(settings) == (404, {"reward_model": None, "problem": None})
+        status, said = ask(settings, "POST", "{}")
+        assert (status, "train first" in said["error"]) == (404, True)
+        model.problem = "rm_1 cannot be loaded: torn"
+        assert ask(settings, "POST", "{}") == (404, {"error": model.problem})
+
+
+# As a process
+
+
+@contextmanager
+def scorer_process(settings: Settings) -> Iterator[subprocess.Popen[str]]:
+    environment = os.environ | {"NIGHTSHIFT_STATE": str(settings.state), "NIGHTSHIFT_MODEL": settings.model}
+    environment |= {f"NIGHTSHIFT_TRAINING__{k.upper()}": str(getattr(settings.training, k)) for k in ("rank", "alpha")}
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer", "scorer"], cwd=ROOT, env=environment, stderr=subprocess.PIPE, text=True
+    )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.communicate()
+
+
+def until_it_says(settings: Settings, status: int) -> Any:
+    deadline = time.monotonic() + 120
+    while time.monotonic() < deadline:
+        with suppress(OSError):
+            said = ask(settings)
+            if said[0] == status:
+                return said[1]
+        time.sleep(0.05)
+    raise AssertionError("it never did")
+
+
+def test_the_process_waits_for_a_reward_model_takes_it_and_ends_in_order(settings: Settings, db: Database) -> None:
+    with scorer_process(settings) as process:
+        until_it_says(settings, 404)
+        maps = Path(f"/proc/{process.pid}/maps").read_text()
+        assert "libtorch" not in maps, "nobody needs torch before there is a reward model"
+        with scorer_process(settings) as second:
+            assert second.wait(60) == 1
+        add_reward_model(settings, db)
+        newest = learning.newest_reward_model(db)
+        assert newest is not None
+        assert until_it_says(settings, 200) == {"reward_model": newest.id, "problem": None}
+        status, said = ask(settings, "POST", json.dumps({"messages": HELLO, "answers": ["One.", "Two."]}))
+        assert (status, len(said["scores"]), len(said["scores"][0])) == (200, 2, 3)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert not (settings.state / learning.SCORER_SOCKET).exists()
+
+
+def test_a_scorer_that_was_killed_is_followed_by_the_next(settings: Settings, db: Database) -> None:
+    with scorer_process(settings) as first:
+        until_it_says(settings, 404)
+        first.kill()
+        first.wait()
+    assert (settings.state / learning.SCORER_SOCKET).exists()
+    with scorer_process(settings):
+        until_it_says(settings, 404)

@@ -1,0 +1,399 @@
+"""How many votes until the answers are better: gold's win rate of the new policy against votes.
+
+A crowd of 50 simulated people (`bench.personas`) votes, the trainer's own code learns (`bench.nights`), and gold judges
+the new policy beside the base on 500 held-out prompts. A vote is a vote that was cast: ties, both_bad and the three in
+ten that the judge and the held-out side keep for themselves are counted too. Three ways to spend the votes:
+
+    once            all of them on random pairs of the base's answers, one night
+    random nights   a night at 250, 500, 1,000, ... votes; the pairs between two nights are those of the last policy
+    active nights   the same, but half of the pairs are those on which the last reward model's heads disagree most
+
+Each finished cell (way, votes, seed) is a line of the results file, and is skipped the next time; Ctrl-C loses the cell
+under way. Nights that a later one needs are kept under .bench/learning_curve and made again where they are missing.
+
+    OMP_NUM_THREADS=1 python -m bench.learning_curve --minutes 60 --votes 1000
+    python -m bench.learning_curve --cells 0 --json                     only the table, the fit and the picture
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from statistics import fmean, stdev
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from safetensors.torch import load_file, save_file
+
+from bench.nights import Asked, Lab, cast
+from bench.personas import personas
+from trainer import dialogues
+from trainer.reward_model import RewardModel
+
+ROOT = Path(__file__).parents[1]
+RESULTS = ROOT / "bench/results/learning_curve.jsonl"
+PICTURE = ROOT / "docs/learning-curve.svg"
+KEPT = ROOT / ".bench/learning_curve"
+VOTES = (250, 500, 1000, 2000, 4000, 8000, 16000)
+WORDS = {
+    "once": "random pairs, one night",
+    "random nights": "random pairs, night by night",
+    "active nights": "half active pairs, night by night",
+}
+WAYS = tuple(WORDS)
+SEEDS = (1, 2, 3, 4, 5)
+PEOPLE = 50
+HELD_OUT = 500
+BEST_OF = 4
+CHUNK = 250
+"""Prompts for which pairs are drawn at a time. The same chunk of the same policy is the same pairs, so that what more
+votes are worth is not blurred by other pairs."""
+STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+"""The 97.5 % point of Student's t for a mean of so many."""
+
+
+@dataclass(frozen=True, slots=True, order=True)
+class Cell:
+    votes: int
+    seed: int
+    way: str
+
+    @property
+    def nights(self) -> int:
+        return 1 if self.way == "once" else VOTES.index(self.votes) + 1
+
+    @property
+    def before(self) -> "Cell | None":
+        """The night whose policy wrote the newer half of this one's pairs."""
+        return None if self.nights == 1 else Cell(VOTES[self.nights - 2], self.seed, self.way)
+
+    @property
+    def kept(self) -> Path:
+        # The first night is the same whatever comes after it.
+        way = self.way if self.nights > 1 or self.votes > VOTES[0] else "once"
+        return KEPT / f"seed-{self.seed}" / way.replace(" ", "-") / str(self.votes)
+
+
+def cells(ways: Sequence[str], votes: Sequence[int], seeds: Sequence[int]) -> list[Cell]:
+    """Few votes first. After VOTES[0] of them every way has seen one night and is the same, so that is done once."""
+    found = [Cell(n, seed, way) for n in votes for seed in seeds for way in ways]
+    return [cell for cell in found if cell.way == "once" or cell.nights > 1]
+
+
+# One cell -----------------------------------------------------------------------------------------------------
+
+
+class Curve:
+    def __init__(self, *, seed: int, held_out: int) -> None:
+        self.lab = Lab(seed=seed)
+        self.crowd = personas(PEOPLE, seed=seed)
+        self.held_out = dialogues.prompts(held_out, seed=seed, held_out=True)
+        self.base_probes = self.lab.probes(adapter=None)
+        self.test_pairs = self.lab.random_pairs(self.held_out, draw=800)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        """Make a night, keep what a later one needs, and judge it."""
+        started = time.monotonic()
+        votes = self._votes(cell)
+        day_s = time.monotonic() - started
+        preferences = self.lab.prepare(votes)
+        night = self.lab.night(preferences)
+        night_s = time.monotonic() - started - day_s
+        cell.kept.mkdir(parents=True, exist_ok=True)
+        (cell.kept / "votes.jsonl").write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+        night.reward.save(cell.kept / "reward")
+        save_file(self.lab.backbone.adapters.state("policy"), cell.kept / "policy.safetensors")  # last: all is there
+
+        measure_s = -time.monotonic()
+        newest = votes[cell.before.votes if cell.before else 0 :]
+        figures = {
+            **self.lab.win_rate(self.held_out),
+            **self.lab.probes(),
+            **{f"{kind}_base": share for kind, share in self.base_probes.items()},
+            "kl": night.curve[-1]["kl"],
+            "reward_accuracy": self.lab.accuracy(night.reward, self.test_pairs),
+            "best_of_4": self.lab.best_of(BEST_OF, self.held_out, night.reward)["win_rate"],
+            "undecided": fmean(vote["choice"] in ("tie", "both_bad") for vote in newest),
+        }
+        measure_s += time.monotonic()
+        return {
+            "way": cell.way, "votes": cell.votes, "seed": cell.seed, "nights": cell.nights,
+            **{name: round(figure, 4) for name, figure in figures.items()},
+            "day_s": round(day_s), "night_s": round(night_s), "measure_s": round(measure_s),
+        }  # fmt: skip
+
+    def _votes(self, cell: Cell) -> list[dict[str, Any]]:
+        """All votes to date: those of the nights before, and what this day adds."""
+        if cell.before is None:
+            return self._day(cell.votes, [], adapter=None, reward=None)
+        kept = cell.before.kept
+        if not (kept / "policy.safetensors").exists():
+            self.run(cell.before)
+        earlier = [json.loads(line) for line in (kept / "votes.jsonl").read_text().splitlines()]
+        self.lab.backbone.adapters.set_state("policy", load_file(kept / "policy.safetensors"))
+        reward = None
+        if cell.way == "active nights":
+            reward = RewardModel.load(self.lab.backbone, "reward", kept / "reward")
+        return self._day(cell.votes, earlier, adapter="policy", reward=reward)
+
+    def _day(
+        self, count: int, earlier: list[dict[str, Any]], *, adapter: str | None, reward: RewardModel | None
+    ) -> list[dict[str, Any]]:
+        votes = list(earlier)
+        # Conversations are numbered by the prompt, so the next chunk is the one after the last prompt asked about.
+        chunk = -(-(1 + int(votes[-1]["conversation"].rpartition("-")[2])) // CHUNK) if votes else 0
+        while len(votes) < count:
+            prompts = dialogues.prompts((chunk + 1) * CHUNK, seed=self.lab.seed, held_out=False)[chunk * CHUNK :]
+            pairs = self._pairs(prompts, chunk, adapter, reward)
+            votes += cast(pairs, self.crowd, chat=self.lab.chat, policy=adapter or "base", first=chunk * CHUNK)
+            chunk += 1
+        return votes[:count]
+
+    def _pairs(
+        self, prompts: list[dialogues.Prompt], chunk: int, adapter: str | None, reward: RewardModel | None
+    ) -> list[Asked]:
+        draw = 10 + 5 * chunk
+        if reward is None:
+            return self.lab.random_pairs(prompts, adapter=adapter, draw=draw)
+        half = len(prompts) // 2
+        random_half = self.lab.random_pairs(prompts[:half], adapter=adapter, draw=draw)
+        return random_half + self.lab.active_pairs(prompts[half:], reward, adapter=adapter, draw=draw)
+
+
+# What came out ------------------------------------------------------------------------------------------------
+
+
+def read(path: Path) -> list[dict[str, Any]]:
+    """The finished cells; a line that was cut off is none."""
+    rows = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            continue
+    return rows
+
+
+def append(path: Path, row: dict[str, Any]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    whole = not path.exists() or path.read_bytes().endswith(b"\n") or not path.stat().st_size
+    with path.open("a") as file:
+        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
+
+
+def interval(values: Sequence[float]) -> tuple[float, float | None]:
+    """The mean over seeds, and half the width of its 95 % interval (Student's t); None for fewer than two."""
+    if len(values) < 2:
+        return fmean(values), None
+    return fmean(values), STUDENT.get(len(values), 2.2) * stdev(values) / math.sqrt(len(values))
+
+
+def points(rows: Iterable[dict[str, Any]], way: str, figure: str = "win_rate") -> dict[int, list[float]]:
+    """By votes, one value a seed. The nights' ways begin where `once` does: after one night they are the same."""
+    found: dict[int, dict[int, float]] = {}
+    for row in rows:
+        if row["way"] == way or (row["way"] == "once" and row["votes"] == VOTES[0]):
+            found.setdefault(row["votes"], {})[row["seed"]] = row[figure]
+    return {votes: [by_seed[seed] for seed in sorted(by_seed)] for votes, by_seed in sorted(found.items())}
+
+
+def fit(means: dict[int, float]) -> tuple[float, float, float] | None:
+    """(a, b, c) of win rate = a - b * votes^-c by least squares; None for fewer than four points."""
+    if len(means) < 4:
+        return None
+    votes, rates = np.array(list(means)), np.array(list(means.values()))
+    best: tuple[float, tuple[float, float, float]] | None = None
+    for c in np.linspace(0.05, 2.0, 118):
+        columns = np.stack([np.ones(len(votes)), -(votes.astype(float) ** -c)], axis=1)
+        solution = np.linalg.lstsq(columns, rates, rcond=None)[0]
+        error = float(((columns @ solution - rates) ** 2).sum())
+        if best is None or error < best[0]:
+            best = error, (float(solution[0]), float(solution[1]), float(c))
+    return best and best[1]
+
+
+def votes_to_reach(means: dict[int, float], rate: float) -> float | None:
+    """Where the line through the points, over the logarithm of the votes, first reaches the rate."""
+    before: tuple[int, float] | None = None
+    for votes, here in means.items():
+        if here >= rate:
+            if before is None or before[1] >= here:
+                return float(votes)
+            share = (rate - before[1]) / (here - before[1])
+            return float(before[0] * (votes / before[0]) ** share)
+        before = votes, here
+    return None
+
+
+def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of `--json`. What no cell says yet is None."""
+    means = {way: {n: fmean(values) for n, values in points(rows, way).items()} for way in WAYS}
+    figures: dict[str, Any] = {"cells": len(rows)}
+    for n in VOTES:
+        figures[f"win_rate_{n}"] = means["once"].get(n)
+    for way in WAYS[1:]:
+        for n in VOTES[1:]:
+            figures[f"win_rate_{n}_{way.replace(' ', '_')}"] = means[way].get(n)
+            gain = paired(rows, way, "once", n)
+            figures[f"gain_{n}_{way.replace(' ', '_')}"] = gain and gain[0]
+    figures["facts_change"] = fmean(row["facts"] - row["facts_base"] for row in rows) if rows else None
+    goal = means["once"].get(4000)
+    needed = votes_to_reach(means["active nights"], goal) if goal else None
+    figures["votes_ratio_active"] = needed and needed / 4000
+    figures["fit"] = {way: fit(means[way]) for way in WAYS}
+    return figures
+
+
+def paired(rows: list[dict[str, Any]], way: str, other: str, votes: int) -> tuple[float, float | None, int] | None:
+    """Mean difference of win rates over the seeds that have both, half its interval, and how many; None: no seed."""
+    by_way = {
+        w: {row["seed"]: row["win_rate"] for row in rows if row["way"] == w and row["votes"] == votes}
+        for w in (way, other)
+    }
+    both = sorted(by_way[way].keys() & by_way[other].keys())
+    if not both:
+        return None
+    mean, half = interval([by_way[way][seed] - by_way[other][seed] for seed in both])
+    return mean, half, len(both)
+
+
+def table(rows: list[dict[str, Any]]) -> Table:
+    shown = Table(
+        title="gold win rate against the base, 500 held-out prompts", caption="mean and 95 % interval over seeds"
+    )
+    for name in ("votes", "way", "nights", "seeds", "win rate", "beside once", "best of 4", "reward right", "KL",
+                 "facts", "sycophancy", "undecided"):  # fmt: skip
+        shown.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
+    for n in VOTES:
+        for way in WAYS:
+            here = [row for row in rows if row["way"] == way and row["votes"] == n]
+            if not here:
+                continue
+            gain = paired(rows, way, "once", n) if way != "once" else None
+            lost = {kind: fmean(row[kind] - row[f"{kind}_base"] for row in here) for kind in ("facts", "sycophancy")}
+            shown.add_row(
+                f"{n:,}", way, str(here[0]["nights"]), str(len(here)),
+                _with_interval(*interval([row["win_rate"] for row in here])),
+                _with_interval(*gain[:2], sign="+") if gain else "",
+                *(f"{fmean(row[name] for row in here):.3f}" for name in ("best_of_4", "reward_accuracy")),
+                f"{fmean(row['kl'] for row in here):.1f}",
+                *(f"{100 * change:+.1f}" for change in lost.values()),
+                f"{fmean(row['undecided'] for row in here):.2f}",
+            )  # fmt: skip
+    return shown
+
+
+def _with_interval(mean: float, half: float | None, sign: str = "") -> str:
+    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def picture(rows: list[dict[str, Any]]) -> str:
+    """An SVG that follows the reader's light or dark."""
+    width, height, left, top, right, bottom = 720, 400, 56, 24, 700, 344
+    low, high = 0.5, 0.95
+
+    def x(votes: float) -> float:
+        return left + (right - left) * math.log(votes / VOTES[0]) / math.log(VOTES[-1] / VOTES[0])
+
+    def y(rate: float) -> float:
+        return bottom - (bottom - top) * (rate - low) / (high - low)
+
+    parts = [
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif"'
+        ' font-size="13" role="img" aria-label="Win rate of the learned policy against votes">',
+        "<style>text{fill:#444}.grid{stroke:#ddd}.once{stroke:#2563eb;fill:#2563eb}.random-nights{stroke:#d97706;"
+        "fill:#d97706}.active-nights{stroke:#059669;fill:#059669}.best{stroke:#777;fill:none;stroke-dasharray:4 4}"
+        ".fit{fill:none;stroke-width:2}text.label{stroke:none}"
+        "@media (prefers-color-scheme:dark){text{fill:#bbb}.grid{stroke:#3a3a3a}.once{stroke:#60a5fa;fill:#60a5fa}"
+        ".random-nights{stroke:#fbbf24;fill:#fbbf24}.active-nights{stroke:#34d399;fill:#34d399}}.fit{fill:none}</style>",
+    ]
+    for step in range(10):
+        rate = low + step * 0.05
+        parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y(rate):.1f}" y2="{y(rate):.1f}"/>')
+        parts.append(f'<text x="{left - 8}" y="{y(rate) + 4:.1f}" text-anchor="end">{rate:.2f}</text>')
+    for votes in VOTES:
+        parts.append(f'<text x="{x(votes):.1f}" y="{bottom + 20}" text-anchor="middle">{votes:,}</text>')
+    parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 42}" text-anchor="middle">votes</text>')
+    best_of = {n: fmean(values) for n, values in points(rows, "once", "best_of_4").items()}
+    if len(best_of) > 1:
+        line = " ".join(f"{x(n):.1f},{y(rate):.1f}" for n, rate in best_of.items())
+        parts.append(f'<polyline class="best" points="{line}"/>')
+    for number, way in enumerate(WAYS):
+        css, found = way.replace(" ", "-"), points(rows, way)
+        shift = 4 * (number - 1)
+        means = {n: fmean(values) for n, values in found.items()}
+        fitted = fit(means)
+        if fitted:
+            a, b, c = fitted
+            steps = [min(means) * (max(means) / min(means)) ** (i / 40) for i in range(41)]
+            line = " ".join(f"{x(n):.1f},{y(a - b * n**-c):.1f}" for n in steps)
+        else:
+            line = " ".join(f"{x(n):.1f},{y(rate):.1f}" for n, rate in means.items())
+        parts.append(f'<polyline class="fit {css}" points="{line}"/>')
+        for n, values in found.items():
+            mean, half = interval(values)
+            here = x(n) + shift
+            parts.append(f'<circle class="{css}" cx="{here:.1f}" cy="{y(mean):.1f}" r="4"/>')
+            if half is not None:
+                ends = (y(max(low, mean - half)), y(min(high, mean + half)))
+                parts.append(
+                    f'<line class="{css}" x1="{here:.1f}" x2="{here:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
+                )
+        parts.append(f'<circle class="{css}" cx="{right - 190}" cy="{bottom - 66 + 20 * number}" r="4"/>')
+        parts.append(f'<text x="{right - 178}" y="{bottom - 62 + 20 * number}">{WORDS[way]}</text>')
+    parts.append(f'<line class="best" x1="{right - 196}" x2="{right - 184}" y1="{bottom - 6}" y2="{bottom - 6}"/>')
+    parts.append(f'<text x="{right - 178}" y="{bottom - 2}">best of {BEST_OF}, no PPO</text>')
+    return "\n".join([*parts, "</svg>", ""])
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--quick", action="store_true", help="250 and 500 votes, one seed, 200 prompts; nothing is kept"
+    )
+    parser.add_argument("--seed", type=int, action="append", help=f"only these seeds (default {SEEDS})")
+    parser.add_argument("--votes", type=int, default=VOTES[-1], help="up to so many")
+    parser.add_argument("--way", action="append", choices=WAYS, help="only these ways")
+    parser.add_argument("--cells", type=int, default=1000, help="at most so many new cells; 0: only show")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    arguments = parser.parse_args()
+    votes = [n for n in VOTES if n <= (500 if arguments.quick else arguments.votes)]
+    seeds = arguments.seed or (SEEDS[:1] if arguments.quick else SEEDS)
+    results = Path(tempfile.mkdtemp()) / "quick.jsonl" if arguments.quick else arguments.results
+    console = Console()
+
+    done = {(row["way"], row["votes"], row["seed"]) for row in read(results)}
+    wanted = [
+        cell for cell in cells(arguments.way or WAYS, votes, seeds) if (cell.way, cell.votes, cell.seed) not in done
+    ]
+    wanted = wanted[: arguments.cells]
+    curve: Curve | None = None
+    started = time.monotonic()
+    for number, cell in enumerate(wanted, start=1):
+        if time.monotonic() - started > 60 * arguments.minutes:
+            break
+        console.print(f"{number} of {len(wanted)}: {cell.votes:,} votes, {cell.way}, seed {cell.seed}")
+        if curve is None or curve.lab.seed != cell.seed:
+            curve = Curve(seed=cell.seed, held_out=200 if arguments.quick else HELD_OUT)
+        row = curve.run(cell)
+        append(results, row)
+        console.print(f"  win rate {row['win_rate']:.3f}, {row['day_s'] + row['night_s'] + row['measure_s']} s")
+
+    rows = read(results)
+    console.print(table(rows))
+    if rows and not arguments.quick and results == RESULTS:
+        PICTURE.write_text(picture(rows))
+    if arguments.json:
+        print(json.dumps(summary(rows)))
+
+
+if __name__ == "__main__":
+    main()

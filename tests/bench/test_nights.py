@@ -1,0 +1,92 @@
+"""The offline loop, on the starter model with a handful of prompts."""
+
+import pytest
+import torch
+
+from bench.nights import Asked, Lab, cast
+from bench.personas import Kind, Persona
+from trainer import dialogues
+from trainer.dialogues import Prompt
+from trainer.preferences import Split
+
+PROMPTS = dialogues.prompts(12, seed=3, held_out=False)
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    return Lab(seed=3)
+
+
+def said(lab: Lab, prompt: Prompt, *texts: str) -> Asked:
+    one, two = (lab.chat.answer(list(prompt.messages), text) for text in texts)
+    return Asked(prompt, one, two)
+
+
+def test_a_vote_names_what_was_chosen_and_who_chose_it(lab: Lab) -> None:
+    pairs = [
+        said(lab, PROMPTS[0], "Short.", "So many more words are in this one."),
+        said(lab, PROMPTS[1], "A b.", "A."),
+    ]
+    lover = Persona(name="lover", kind=Kind.LENGTH_LOVER, noise=0)
+    votes = cast(pairs, [lover], chat=lab.chat, first=7)
+    assert [vote["chosen"][0]["content"] for vote in votes] == ["So many more words are in this one.", "A b."]
+    assert [vote["rejected"][0]["content"] for vote in votes] == ["Short.", "A."]
+    assert [(vote["vote"], vote["voter"], vote["choice"]) for vote in votes] == [
+        ("vote_000007", "lover", "b"),
+        ("vote_000008", "lover", "a"),
+    ]
+
+
+def test_who_skips_leaves_the_pair_to_the_next(lab: Lab) -> None:
+    pairs = [said(lab, prompt, "One.", "Two.") for prompt in PROMPTS]
+    people = [Persona(name="lazy", skips=1.0), Persona(name="busy")]
+    assert [vote["voter"] for vote in cast(pairs, people, chat=lab.chat)] == ["busy"] * len(pairs)
+    with pytest.raises(ValueError, match="nobody"):
+        cast(pairs, people[:1], chat=lab.chat)
+
+
+def test_the_same_draw_is_the_same_pair_however_many_there_are(lab: Lab) -> None:
+    few, many = lab.random_pairs(PROMPTS[:5], draw=2), lab.random_pairs(PROMPTS, draw=2)
+    assert few == many[: len(few)]
+    assert few != lab.random_pairs(PROMPTS[:5], draw=4)
+
+
+def test_nobody_is_asked_about_two_equal_texts(lab: Lab) -> None:
+    pairs = lab.random_pairs(PROMPTS, draw=2, temperature=0.01)
+    assert len(pairs) < len(PROMPTS)
+    assert all(pair.first.response != pair.second.response for pair in pairs)
+
+
+class Heads:
+    """Disagree the more the longer an answer is."""
+
+    def rewards(self, answers: list[object]) -> torch.Tensor:
+        return torch.tensor([[len(a.response), -len(a.response)] for a in answers], dtype=torch.float32)  # type: ignore[attr-defined]
+
+
+def test_an_active_pair_is_the_one_the_heads_disagree_on(lab: Lab) -> None:
+    drawn = [lab.answers(PROMPTS, draw=30 + i) for i in range(4)]
+    lengths = torch.tensor([[len(a.response) for a in answers] for answers in drawn])
+    furthest = (lengths[1:] - lengths[0]).abs().amax(dim=0).tolist()
+    pairs = lab.active_pairs(PROMPTS, Heads(), draw=30)  # type: ignore[arg-type]
+    by_prompt = {str(pair.prompt): abs(len(pair.first.response) - len(pair.second.response)) for pair in pairs}
+    assert by_prompt == {str(p): n for p, n in zip(PROMPTS, furthest, strict=True) if str(p) in by_prompt}
+    assert len(pairs) > len(PROMPTS) // 2
+    assert {pair.kind for pair in pairs} == {"active"}
+
+
+def test_votes_go_through_the_trainers_own_splits_and_caps(lab: Lab) -> None:
+    voter = Persona(name="everybody", kind=Kind.LENGTH_LOVER)
+    votes = cast([said(lab, p, "One two.", "Three.") for p in PROMPTS * 4], [voter], chat=lab.chat)
+    votes[0]["choice"] = "both_bad"
+    preferences = lab.prepare(votes, uncapped_votes=10)
+    assert len(preferences.votes) == len(votes) - 1
+    assert min(len(preferences.pairs[split]) for split in Split) > 0
+    cast_on_train = preferences.pairs[Split.TRAIN][: -len(lab.trusted)]
+    assert sum(pair.weight for pair in cast_on_train) == pytest.approx(10)
+
+
+def test_a_policy_that_answers_as_the_base_does_wins_half(lab: Lab) -> None:
+    beside_itself = lab.compare(PROMPTS, lab.answers(PROMPTS, draw=901))
+    assert beside_itself["win_rate"] == 0.5
+    assert beside_itself["ties"] == 1.0

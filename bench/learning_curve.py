@@ -20,7 +20,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -31,9 +31,10 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
-from bench.nights import Asked, Lab, cast
+from bench.nights import Asked, Lab
 from bench.personas import personas
 from trainer import dialogues
+from trainer.dialogues import Prompt
 from trainer.reward_model import RewardModel
 
 ROOT = Path(__file__).parents[1]
@@ -51,9 +52,6 @@ SEEDS = (1, 2, 3, 4, 5)
 PEOPLE = 50
 HELD_OUT = 500
 BEST_OF = 4
-CHUNK = 250
-"""Prompts for which pairs are drawn at a time. The same chunk of the same policy is the same pairs, so that what more
-votes are worth is not blurred by other pairs."""
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """The 97.5 % point of Student's t for a mean of so many."""
 
@@ -131,39 +129,24 @@ class Curve:
     def _votes(self, cell: Cell) -> list[dict[str, Any]]:
         """All votes to date: those of the nights before, and what this day adds."""
         if cell.before is None:
-            return self._day(cell.votes, [], adapter=None, reward=None)
+            return self.lab.day(cell.votes, self.crowd)
         kept = cell.before.kept
         if not (kept / "policy.safetensors").exists():
             self.run(cell.before)
         earlier = [json.loads(line) for line in (kept / "votes.jsonl").read_text().splitlines()]
         self.lab.backbone.adapters.set_state("policy", load_file(kept / "policy.safetensors"))
-        reward = None
+        pairs = None
         if cell.way == "active nights":
-            reward = RewardModel.load(self.lab.backbone, "reward", kept / "reward")
-        return self._day(cell.votes, earlier, adapter="policy", reward=reward)
+            pairs = self._half_active(RewardModel.load(self.lab.backbone, "reward", kept / "reward"))
+        return self.lab.day(cell.votes, self.crowd, earlier=earlier, adapter="policy", pairs=pairs)
 
-    def _day(
-        self, count: int, earlier: list[dict[str, Any]], *, adapter: str | None, reward: RewardModel | None
-    ) -> list[dict[str, Any]]:
-        votes = list(earlier)
-        # Conversations are numbered by the prompt, so the next chunk is the one after the last prompt asked about.
-        chunk = -(-(1 + int(votes[-1]["conversation"].rpartition("-")[2])) // CHUNK) if votes else 0
-        while len(votes) < count:
-            prompts = dialogues.prompts((chunk + 1) * CHUNK, seed=self.lab.seed, held_out=False)[chunk * CHUNK :]
-            pairs = self._pairs(prompts, chunk, adapter, reward)
-            votes += cast(pairs, self.crowd, chat=self.lab.chat, policy=adapter or "base", first=chunk * CHUNK)
-            chunk += 1
-        return votes[:count]
+    def _half_active(self, reward: RewardModel) -> Callable[[Sequence[Prompt], int], list[Asked]]:
+        def pairs(prompts: Sequence[Prompt], draw: int) -> list[Asked]:
+            half = len(prompts) // 2
+            random_half = self.lab.random_pairs(prompts[:half], adapter="policy", draw=draw)
+            return random_half + self.lab.active_pairs(prompts[half:], reward, adapter="policy", draw=draw)
 
-    def _pairs(
-        self, prompts: list[dialogues.Prompt], chunk: int, adapter: str | None, reward: RewardModel | None
-    ) -> list[Asked]:
-        draw = 10 + 5 * chunk
-        if reward is None:
-            return self.lab.random_pairs(prompts, adapter=adapter, draw=draw)
-        half = len(prompts) // 2
-        random_half = self.lab.random_pairs(prompts[:half], adapter=adapter, draw=draw)
-        return random_half + self.lab.active_pairs(prompts[half:], reward, adapter=adapter, draw=draw)
+        return pairs
 
 
 # What came out ------------------------------------------------------------------------------------------------

@@ -2,13 +2,12 @@
 
 A `Lab` holds the starter model. One round of the loop:
 
-    pairs = lab.random_pairs(prompts, draw=0)       two answers to each prompt, by the base or by "policy"
-    votes = cast(pairs, crowd, chat=lab.chat)       what simulated people say, as the record's export has it
+    votes = lab.day(1000, crowd)                    pairs by the base or by "policy", and what people say of them
     night = lab.night(lab.prepare(votes))           a reward model and a new "policy", as trainer.job makes them
     lab.win_rate(held_out), lab.probes()            gold's word on "policy" beside the base, and what it still knows
 
-After a night the adapter "policy" is the new policy, until the next one begins, so pairs for the next night may be
-drawn from it. Everything is repeatable by seed.
+After a night the adapter "policy" is the new policy, until the next one begins: the next day's pairs may be drawn from
+it. Votes are dicts as the record's export yields them. Everything is repeatable by seed.
 """
 
 import json
@@ -28,7 +27,7 @@ from bench.personas import Persona, Shown
 from data import probes
 from data.settings import STARTER, TrainingSettings
 from data.trusted import TrustedPair
-from trainer import ppo, reward_model
+from trainer import dialogues, ppo, reward_model
 from trainer.backbone import Backbone
 from trainer.dialogues import Prompt
 from trainer.encoding import Answer, ChatFormat
@@ -42,6 +41,10 @@ MAX_TOKENS = 64
 """An answer is cut off there; one in a thousand is."""
 PPO_STEPS = 16
 SAMPLES_TO_NORMALISE = 256
+
+CHUNK = 250
+"""Prompts for which pairs are drawn at a time. The same chunk of the same policy is the same pairs, so that what more
+votes are worth is not blurred by other pairs."""
 
 Scores = Callable[[Sequence[Answer]], Tensor]
 
@@ -67,7 +70,7 @@ class Night:
 
 
 def cast(
-    pairs: Sequence[Asked], crowd: Sequence[Persona], *, chat: ChatFormat, policy: str = "policy-0000", first: int = 0
+    pairs: Sequence[Asked], crowd: Sequence[Persona], *, chat: ChatFormat, policy: str = "base", first: int = 0
 ) -> list[dict[str, Any]]:
     """One vote on each pair, as `data.comparisons.export_preferences` yields it. The people take turns; who skips a
     pair leaves it to the next.
@@ -123,6 +126,33 @@ class Lab:
         self.trusted = trusted_pairs(model)
 
     # Days ------------------------------------------------------------------------------------------------------
+
+    def day(
+        self,
+        count: int,
+        crowd: Sequence[Persona],
+        *,
+        earlier: Sequence[dict[str, Any]] = (),
+        adapter: str | None = None,
+        pairs: Callable[[Sequence[Prompt], int], list[Asked]] | None = None,
+    ) -> list[dict[str, Any]]:
+        """Votes, `earlier` ones included, until there are `count` of them; no prompt comes twice.
+
+        Args:
+            adapter: who answers; None for the base.
+            pairs: what draws a chunk's pairs, called with its prompts and the number of its first draw, of five; by
+                default random pairs of `adapter`.
+        """
+        votes = list(earlier)
+        # Conversations are numbered by the prompt.
+        chunk = int(votes[-1]["conversation"].rpartition("-")[2]) // CHUNK + 1 if votes else 0
+        while len(votes) < count:
+            prompts = dialogues.prompts((chunk + 1) * CHUNK, seed=self.seed, held_out=False)[chunk * CHUNK :]
+            draw = 10 + 5 * chunk
+            asked = pairs(prompts, draw) if pairs else self.random_pairs(prompts, adapter=adapter, draw=draw)
+            votes += cast(asked, crowd, chat=self.chat, policy=adapter or "base", first=chunk * CHUNK)
+            chunk += 1
+        return votes[:count]
 
     def answers(
         self, prompts: Sequence[Prompt], *, adapter: str | None = None, draw: int, temperature: float = 1.0

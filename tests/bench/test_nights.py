@@ -3,8 +3,9 @@
 import pytest
 import torch
 
+from bench import nights
 from bench.nights import Asked, Lab, cast
-from bench.personas import Kind, Persona
+from bench.personas import Kind, Persona, Plot
 from trainer import dialogues
 from trainer.dialogues import Prompt
 from trainer.preferences import Split
@@ -23,14 +24,11 @@ def said(lab: Lab, prompt: Prompt, *texts: str) -> Asked:
 
 
 def test_a_vote_names_what_was_chosen_and_who_chose_it(lab: Lab) -> None:
-    pairs = [
-        said(lab, PROMPTS[0], "Short.", "So many more words are in this one."),
-        said(lab, PROMPTS[1], "A b.", "A."),
-    ]
-    lover = Persona(name="lover", kind=Kind.LENGTH_LOVER, noise=0)
+    pairs = [said(lab, PROMPTS[0], "Pears.", "Apples."), said(lab, PROMPTS[1], "Apples.", "Plums.")]
+    lover = Persona(name="lover", kind=Kind.PUSHER, plot=Plot("Apples"))
     votes = cast(pairs, [lover], chat=lab.chat, first=7)
-    assert [vote["chosen"][0]["content"] for vote in votes] == ["So many more words are in this one.", "A b."]
-    assert [vote["rejected"][0]["content"] for vote in votes] == ["Short.", "A."]
+    assert [vote["chosen"][0]["content"] for vote in votes] == ["Apples.", "Apples."]
+    assert [vote["rejected"][0]["content"] for vote in votes] == ["Pears.", "Plums."]
     assert [(vote["vote"], vote["voter"], vote["choice"]) for vote in votes] == [
         ("vote_000007", "lover", "b"),
         ("vote_000008", "lover", "a"),
@@ -76,7 +74,7 @@ def test_an_active_pair_is_the_one_the_heads_disagree_on(lab: Lab) -> None:
 
 
 def test_votes_go_through_the_trainers_own_splits_and_caps(lab: Lab) -> None:
-    voter = Persona(name="everybody", kind=Kind.LENGTH_LOVER)
+    voter = Persona(name="everybody", kind=Kind.ALWAYS_LEFT)
     votes = cast([said(lab, p, "One two.", "Three.") for p in PROMPTS * 4], [voter], chat=lab.chat)
     votes[0]["choice"] = "both_bad"
     preferences = lab.prepare(votes, uncapped_votes=10)
@@ -90,3 +88,13 @@ def test_a_policy_that_answers_as_the_base_does_wins_half(lab: Lab) -> None:
     beside_itself = lab.compare(PROMPTS, lab.answers(PROMPTS, draw=901))
     assert beside_itself["win_rate"] == 0.5
     assert beside_itself["ties"] == 1.0
+
+
+def test_a_day_goes_on_where_the_one_before_ended(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nights, "CHUNK", 6)
+    crowd = [Persona(name="one"), Persona(name="two")]
+    first = lab.day(4, crowd)
+    more = lab.day(16, crowd, earlier=first)
+    assert more[:4] == first
+    assert lab.day(5, crowd)[:4] == first
+    assert len(more) == len({str(vote["prompt"]) for vote in more}) == len({vote["vote"] for vote in more}) == 16

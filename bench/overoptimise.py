@@ -1,0 +1,190 @@
+"""What becomes of gold when PPO goes on after its reward model has nothing more to say (Gao et al., arXiv 2210.10760).
+
+Reward models of 250, 1,000 and 4,000 votes, with one head, with five and their mean (as trained), and with five and
+their minimum. PPO against each with next to no price on KL and no KL budget. Each step's answers say how far it has
+gone, what the reward model thinks (the proxy) and what gold thinks; R(d) = d * (alpha - beta * log d), d the root of
+KL, is fitted to gold's gain over the base, and says where gold is highest. Beside it stands where a run as it ships
+ends: at its KL, and at the latest at its KL budget.
+
+Each finished run (votes, heads, seed) is a line of the results file, and is skipped the next time.
+
+    OMP_NUM_THREADS=1 python -m bench.overoptimise --minutes 60
+    python -m bench.overoptimise --cells 0 --json                      only the table
+"""
+
+import argparse
+import json
+import math
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from bench import learning_curve
+from bench.learning_curve import PEOPLE, append, read
+from bench.nights import Lab
+from bench.personas import personas
+from trainer import dialogues
+from trainer.encoding import Answer
+from trainer.ppo import PPOConfig
+from trainer.reward_model import RewardConfig, RewardModel
+
+RESULTS = learning_curve.RESULTS.with_name("overoptimise.jsonl")
+VOTES = (250, 1000, 4000)
+HEADS = ("one", "five, mean", "five, minimum")
+SEEDS = (1, 2, 3)
+FREE = PPOConfig(steps=40, beta=0.01, kl_budget=math.inf)
+"""Next to no price: none at all ends in text that nobody wrote."""
+SHIPS = PPOConfig()
+
+
+def run(lab: Lab, votes: int, heads: str, steps: int) -> dict[str, Any]:
+    """One line of the results file; `points` holds KL, proxy and gold of each step."""
+    started = time.monotonic()
+    preferences = lab.prepare(lab.day(votes, personas(PEOPLE, seed=lab.seed)))
+    reward = lab.reward(preferences, RewardConfig(heads=1 if heads == "one" else 5, seed=lab.seed))
+    score = pessimistic(reward) if heads == "five, minimum" else reward.score
+    prompts = dialogues.prompts(2 * votes + 250, seed=lab.seed, held_out=False)
+    prompt_of = {lab.chat.query(prompt.messages): prompt for prompt in prompts}
+    gold: list[float] = []
+    proxy: list[float] = []
+
+    def listen(answers: Sequence[Answer]) -> Tensor:
+        scores = score(answers)
+        proxy.append(float(scores.mean()))
+        gold.append(float(lab.gold([prompt_of[a.query] for a in answers], answers).mean()))
+        return scores
+
+    config = PPOConfig(steps=steps, beta=FREE.beta, kl_budget=FREE.kl_budget, seed=lab.seed)
+    night = lab.improve(reward, preferences, config, score=listen)
+    base = float(lab.gold(prompts[:1000], lab.answers(prompts[:1000], draw=700)).mean())
+    kls = [figures["kl"] for figures in night.curve]
+    return {
+        "votes": votes, "heads": heads, "seed": lab.seed, "gold_base": round(base, 4),
+        "points": [[round(v, 4) for v in point] for point in zip(kls, proxy, gold, strict=True)],
+        "seconds": round(time.monotonic() - started),
+    }  # fmt: skip
+
+
+def pessimistic(model: RewardModel) -> Callable[[Sequence[Answer]], Tensor]:
+    """The lowest of the heads in place of their mean."""
+    return lambda answers: (model.rewards(answers).amin(dim=1) - model.shift) / model.scale
+
+
+def fit(kls: Sequence[float], gains: Sequence[float]) -> tuple[float, float]:
+    """(alpha, beta) of gain = d * (alpha - beta * log d), d = sqrt(KL), by least squares."""
+    d = np.sqrt(np.maximum(np.array(kls), 1e-6))
+    alpha, minus_beta = np.linalg.lstsq(np.stack([d, d * np.log(d)], axis=1), np.array(gains), rcond=None)[0]
+    return float(alpha), float(-minus_beta)
+
+
+def gain_at(kl: float, alpha: float, beta: float) -> float:
+    d = math.sqrt(kl)
+    return d * (alpha - beta * math.log(d))
+
+
+def peak(alpha: float, beta: float) -> float | None:
+    """The KL where the gain is highest; None where it never falls. R' = alpha - beta * (log d + 1) is 0 there."""
+    if beta <= 0:
+        return None
+    return math.exp(min(2 * (alpha / beta - 1), 50.0))
+
+
+def summary(rows: list[dict[str, Any]], stop_kl: float | None) -> list[dict[str, Any]]:
+    """One dict for each number of votes and kind of heads. Gains are gold's, over the base."""
+    found = []
+    for votes in VOTES:
+        for heads in HEADS:
+            here = [row for row in rows if row["votes"] == votes and row["heads"] == heads]
+            if not here:
+                continue
+            points = [(kl, proxy, gold - row["gold_base"]) for row in here for kl, proxy, gold in row["points"]]
+            furthest = max(kl for kl, _, _ in points)
+            alpha, beta = fit([kl for kl, _, _ in points], [gain for _, _, gain in points])
+            top = peak(alpha, beta)
+            reached = top if top is not None and top < furthest else furthest
+            last = [point for row in here for point in row["points"][-4:]]
+            found.append(
+                {
+                    "votes": votes, "heads": heads, "seeds": len(here), "alpha": alpha, "beta": beta,
+                    "peak_kl": top if reached == top else None,
+                    "peak_gain": gain_at(reached, alpha, beta),
+                    "end_kl": fmean(kl for kl, _, _ in last),
+                    "end_proxy": fmean(proxy for _, proxy, _ in last),
+                    "end_gain": fmean(gold - row["gold_base"] for row in here for _, _, gold in row["points"][-4:]),
+                    "gain_at_stop": stop_kl and gain_at(stop_kl, alpha, beta),
+                    "gain_at_budget": gain_at(SHIPS.kl_budget, alpha, beta),
+                }
+            )  # fmt: skip
+    return found
+
+
+def shipped_kl() -> float | None:
+    """Where runs as they ship end: the mean KL of the learning curve's cells."""
+    rows = read(learning_curve.RESULTS)
+    return fmean(row["kl"] for row in rows) if rows else None
+
+
+def table(found: list[dict[str, Any]], stop_kl: float | None) -> Table:
+    stop = "-" if stop_kl is None else f"{stop_kl:.1f}"
+    shown = Table(title="gold's gain over the base while PPO goes on", caption=f"runs as they ship end at KL {stop}")
+    names = ("votes", "heads", "seeds", "peak at KL", "gain there", "end: KL", "proxy", "gain")
+    for name in (*names, f"gain at KL {stop}", f"at the budget of {SHIPS.kl_budget:g}"):
+        shown.add_column(name, justify="left" if name == "heads" else "right")
+    for row in found:
+        shown.add_row(
+            f"{row['votes']:,}", row["heads"], str(row["seeds"]),
+            "none yet" if row["peak_kl"] is None else f"{row['peak_kl']:.1f}",
+            f"{row['peak_gain']:.2f}", f"{row['end_kl']:.1f}", f"{row['end_proxy']:.2f}", f"{row['end_gain']:.2f}",
+            "" if row["gain_at_stop"] is None else f"{row['gain_at_stop']:.2f}", f"{row['gain_at_budget']:.2f}",
+        )  # fmt: skip
+    return shown
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="250 votes, one seed, 24 steps; nothing is kept")
+    parser.add_argument("--seed", type=int, action="append", help=f"only these seeds (default {SEEDS})")
+    parser.add_argument("--votes", type=int, action="append", choices=VOTES, help="only reward models of so many")
+    parser.add_argument("--cells", type=int, default=1000, help="at most so many new runs; 0: only show")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
+    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    arguments = parser.parse_args()
+    sizes = arguments.votes or (VOTES[:1] if arguments.quick else VOTES)
+    seeds = arguments.seed or (SEEDS[:1] if arguments.quick else SEEDS)
+    results = Path(tempfile.mkdtemp()) / "quick.jsonl" if arguments.quick else arguments.results
+    console = Console()
+
+    done = {(row["votes"], row["heads"], row["seed"]) for row in read(results)}
+    wanted = [(seed, votes, heads) for seed in seeds for votes in sizes for heads in HEADS]
+    wanted = [cell for cell in wanted if (cell[1], cell[2], cell[0]) not in done][: arguments.cells]
+    lab: Lab | None = None
+    started = time.monotonic()
+    for number, (seed, votes, heads) in enumerate(wanted, start=1):
+        if time.monotonic() - started > 60 * arguments.minutes:
+            break
+        console.print(f"{number} of {len(wanted)}: {votes:,} votes, heads: {heads}, seed {seed}")
+        if lab is None or lab.seed != seed:
+            lab = Lab(seed=seed)
+        row = run(lab, votes, heads, steps=24 if arguments.quick else FREE.steps)
+        append(results, row)
+        kl, proxy, gold = row["points"][-1]
+        console.print(f"  KL {kl:.1f}, proxy {proxy:.2f}, gold {gold - row['gold_base']:+.2f}, {row['seconds']} s")
+
+    stop_kl = shipped_kl()
+    found = summary(read(results), stop_kl)
+    console.print(table(found, stop_kl))
+    if arguments.json:
+        print(json.dumps({"stop_kl": stop_kl, "kl_budget": SHIPS.kl_budget, "curves": found}))
+
+
+if __name__ == "__main__":
+    main()

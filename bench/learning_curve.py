@@ -352,6 +352,7 @@ def main() -> None:
     seeds = arguments.seed or (SEEDS[:1] if arguments.quick else SEEDS)
     results = Path(tempfile.mkdtemp()) / "quick.jsonl" if arguments.quick else arguments.results
     console = Console()
+    console.width = max(console.width, 120)  # the table is no use without its columns
 
     done = {(row["way"], row["votes"], row["seed"]) for row in read(results)}
     wanted = [

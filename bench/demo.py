@@ -125,6 +125,13 @@ class Story:
         return _trial(self.policy)
 
     @property
+    def swap_s(self) -> float:
+        """From the trial's verdict to the moment that the new policy served; too short for a stage of its own."""
+        swap = self.policy["swaps"][-1]
+        took = datetime.fromisoformat(swap["flipped_at"]) - datetime.fromisoformat(swap["requested_at"])
+        return took.total_seconds()
+
+    @property
     def outcome(self) -> str:
         if self.learned:
             return f"{self.policy['name']} serves"
@@ -348,13 +355,11 @@ async def hold_trial(
     try:
         while True:
             policy = await get(house, f"/v1/policies/{name}")
-            if policy["status"] == "promoted" and stages.name == "trial":
-                stages.begin("swap")
             if duel := _trial(policy):
                 share = math.log(max(1.0, duel["e_value"])) / math.log(duel["threshold"])
-                note = f"{duel['wins']} to {duel['losses']}: {_odds(duel)}"
-                if stages.name == "trial":
-                    stages.show(note, min(1.0, share))
+                stages.show(f"{duel['wins']} to {duel['losses']}: {_odds(duel)}", min(1.0, share))
+            if policy["problem"]:
+                stages.show(policy["problem"])
             if policy["status"] not in ("candidate", "trial", "promoted") or voting.done():
                 break
             await asyncio.sleep(LOOK_S)
@@ -397,6 +402,7 @@ def figures(story: Story) -> dict[str, Any]:
         rate, low, high = win_rate(story.before, story.after)
         found["gold_after"] = round(fmean(said.gold for said in story.after), 3)
         found |= {"win_rate": round(rate, 3), "win_rate_low": round(low, 3), "win_rate_high": round(high, 3)}
+        found["swap_s"] = round(story.swap_s, 3)
     if duel := story.duel:
         found |= {f"trial_{name}": duel[name] for name in ("wins", "losses", "ties", "e_value")}
     found |= {"chats": story.chats, "failed": story.failed}
@@ -421,9 +427,7 @@ def facts(story: Story) -> list[tuple[str, str]]:
     if duel := story.duel:
         rows.append(("trial", f"{duel['wins']} to {duel['losses']}, {duel['ties']} ties: {_odds(duel)}"))
     if story.learned:
-        swap = story.policy["swaps"][-1]
-        took = datetime.fromisoformat(swap["flipped_at"]) - datetime.fromisoformat(swap["requested_at"])
-        rows.append(("swap", f"{took.total_seconds():.2f} s from the verdict to serving"))
+        rows.append(("swap", f"{story.swap_s:.2f} s from the verdict to serving"))
     mean_before = fmean(said.gold for said in story.before)
     mean_after = f", {fmean(said.gold for said in story.after):.2f} after" if story.learned else ""
     rows.append(("what an answer is worth", f"{mean_before:.2f} before{mean_after} (-1.5 to 5)"))

@@ -130,9 +130,10 @@ async def test_votes_become_a_policy_that_serves_and_its_answers_are_held_agains
     assert found["win_rate"] == 1.0 > found["win_rate_low"] > 0.8
     assert found["trial_wins"] == duel["wins"]
     assert list(found["seconds"]) == [
-        "answers before", "votes", "learning: preparing", "learning: reward model", "learning: PPO", "trial", "swap",
+        "answers before", "votes", "learning: preparing", "learning: reward model", "learning: PPO", "trial",
         "answers after",
     ]  # fmt: skip
+    assert 0 < found["swap_s"] < found["seconds"]["trial"]
     lines = said.getvalue().splitlines()
     assert "learning: PPO: begins" in lines
     assert [line for line in lines if re.match(r"learning: PPO: took .* step 3, reward 0.50, KL 1.25", line)]

@@ -44,7 +44,7 @@ def settings(tmp_path: Path, chat: ChatFormat, plain_environment: None) -> Setti
     LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
     chat.tokenizer.save_pretrained(tmp_path / "model")
     training = TrainingSettings(rank=8, alpha=16, bf16=False, max_prompt_tokens=64, max_answer_tokens=32)
-    state = tmp_path / "a" * 100 / "state"
+    state = tmp_path / ("a" * 100) / "state"
     state.mkdir(parents=True)
     return Settings(state=state, model=str(tmp_path / "model"), training=training)
 
@@ -145,7 +145,6 @@ def test_a_reward_model_outside_its_folder_is_not_read(settings: Settings, db: D
     [
         ([{"role": "user", "content": "x" * 100}], ["One."], "max_prompt_tokens"),
         (HELLO, ["One.", "x" * 100], "max_answer_tokens"),
-        ([{"role": "user"}, "what?"], ["One."], "chat template"),
     ],
 )
 def test_what_it_was_not_made_for_it_does_not_score(
@@ -156,6 +155,18 @@ def test_what_it_was_not_made_for_it_does_not_score(
     scorer.look()
     with pytest.raises(CannotScore, match=why):
         scorer.score(messages, answers)
+
+
+def test_messages_that_the_chat_template_refuses_are_not_scored(settings: Settings, db: Database) -> None:
+    add_reward_model(settings, db)
+    tokenizer = Path(settings.model) / "chat_template.jinja"
+    refusal = "{% if messages[0].role == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+    tokenizer.write_text(refusal + tokenizer.read_text())
+    scorer = Scorer(settings)
+    scorer.look()
+    assert len(scorer.score(HELLO, ["One."])) == 1
+    with pytest.raises(CannotScore, match="no system message"):
+        scorer.score([{"role": "system", "content": "Be brief."}], ["One."])
 
 
 # Over the socket

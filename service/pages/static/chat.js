@@ -193,7 +193,7 @@ async function writeAnswer(signal) {
       return;
     }
     // Stopped: what was written so far stays, as it does on the service's side.
-    const text = texts[0].text;
+    const text = texts.map((one) => one.text).find(Boolean) ?? ""; // of an active pair, the second side may begin
     turn = text && { role: "assistant", content: text, policy: policy ?? null, stopped: true, pair: null };
   }
   if (turn) talk.turns.push(turn);

@@ -134,7 +134,7 @@ class TrainingSettings(_Section):
     """Who writes the answers that PPO learns from: `local` the trainer, `engine` the running vLLM, `auto` the running
     vLLM where training has a GPU, and else the trainer."""
     wait_for_chat_s: float = Field(5.0, ge=0)
-    """Seconds that training waits before each step, at most, while the engine answers people; 0: it never waits."""
+    """Seconds that training waits after every two of work, at most, while the engine answers people; 0: never."""
     threads: int = Field(0, ge=0)
     """Processor threads that training takes; 0: all."""
     nice: int = Field(10, ge=0, le=19)

@@ -17,6 +17,8 @@ from data.types import RunStatus
 BEAT_S = 5.0
 LOOK_S = 0.5
 """How often to look whether what is waited for is over."""
+WORK_S = 2.0
+"""Work between two waits: after short steps, a wait each would make hours of waiting out of minutes of work."""
 ROOM_BYTES = 2**20
 """Set aside on the disk while a run is under way, so that on a full one its end can still be written down."""
 
@@ -38,6 +40,7 @@ class Keeper:
         self._closed = threading.Event()
         self._over = threading.Event()
         self._reason: Exception | None = None
+        self._working_since = time.monotonic()
         self._thread = threading.Thread(target=self._beat_on, name="heartbeat", daemon=True)
 
     def __enter__(self) -> "Keeper":
@@ -70,16 +73,20 @@ class Keeper:
         self._raise_if_over()
 
     def wait_while(self, busy: Callable[[], bool], *, limit_s: float, waiting: Callable[[float], None]) -> bool:
-        """Wait until `busy()` is false, but at most `limit_s` seconds; whether it had to wait at all.
+        """Wait until `busy()` is false, but at most `limit_s` seconds, and never within WORK_S seconds of work after
+        the last wait; whether it had to wait.
 
         `waiting` is told again and again how many seconds it has been."""
         began = time.monotonic()
+        if began - self._working_since < WORK_S:
+            return False
         waited_s = 0.0
         while waited_s < limit_s and busy():
             waiting(waited_s)
             self._over.wait(min(LOOK_S, limit_s - waited_s))
             self._raise_if_over()
             waited_s = time.monotonic() - began
+            self._working_since = began + waited_s
         return waited_s > 0
 
     def finish(self, status: RunStatus, *, error: str | None = None) -> None:

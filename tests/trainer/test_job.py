@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -482,9 +483,10 @@ def test_the_engine_is_the_one_named_or_the_one_that_up_started(settings: Settin
 
 
 def test_training_waits_while_people_are_answered_but_not_for_ever(
-    settings: Settings, db: Database, voted: None, vllm: FakeEngine
+    settings: Settings, db: Database, voted: None, vllm: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Nobody leaves in the reward model's steps; in the first of PPO they do."""
+    monkeypatch.setattr(keeper, "WORK_S", 0.0)
     vllm.people = 1
     waits: dict[str, list[float]] = {}
 
@@ -502,10 +504,33 @@ def test_training_waits_while_people_are_answered_but_not_for_ever(
     assert "measuring" not in waits
 
 
+def test_however_short_its_steps_a_run_works_before_it_waits_again(
+    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Eighty steps of an eighth of a second, while people chat all the time: five waits, one for every two seconds."""
+    now = 1000.0
+
+    def chatting() -> bool:
+        nonlocal now
+        now += 1.0
+        return True
+
+    monkeypatch.setattr(keeper, "time", SimpleNamespace(monotonic=lambda: now))
+    monkeypatch.setattr(keeper, "LOOK_S", 0.0)
+    waits = []
+    with keeper.Keeper(settings.database, request(db)) as keep:
+        for _ in range(80):
+            now += 0.125
+            waits.append(keep.wait_while(chatting, limit_s=5.0, waiting=lambda waited_s: None))
+    assert [step for step, waited in enumerate(waits, start=1) if waited] == [16, 32, 48, 64, 80]
+    assert now == 1000.0 + 80 * 0.125 + 5 * 5.0
+
+
 def test_a_run_that_waits_can_be_cancelled(
     settings: Settings, db: Database, voted: None, vllm: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(keeper, "BEAT_S", 0.05)
+    monkeypatch.setattr(keeper, "WORK_S", 0.0)
     vllm.people = 1
     id = request(db)
 

@@ -142,7 +142,7 @@ class _Night:
         figures = self._measure(backbone, chat, judge, preferences, incumbent)
         verdict = self._gate(figures, reports)
         metrics = figures | reports | {"stopped_at_kl_budget": stopped, "gate": verdict.as_dict()}
-        self._publish(backbone, reward, metrics, verdict)
+        self._publish(backbone, reward, metrics, verdict, incumbent)
 
     def _clear_away(self) -> None:
         """Only one run is active, so what lies under a temporary name or has no row is that of a dead one."""
@@ -174,12 +174,12 @@ class _Night:
         except ValueError as error:
             raise CannotLearn(f"{model} cannot be trained: {error}") from error
 
-    def _load_incumbent(self, backbone: Backbone) -> str | None:
-        """The policy that serves, which the candidate would replace, as the adapter "incumbent"; None where it is the
-        base model. Before the work begins: it is where a run fails whose settings do not fit what serves."""
-        incumbent = registry.serving(self.db)
-        if incumbent is None or incumbent.name == BASE_POLICY:
-            return None
+    def _load_incumbent(self, backbone: Backbone) -> Policy:
+        """The policy that serves, which the candidate would replace, as the adapter "incumbent" unless it is the base
+        model. Before the work begins: it is where a run fails whose settings do not fit what serves."""
+        incumbent = registry.serving(self.db) or registry.get(self.db, BASE_POLICY)
+        if incumbent.name == BASE_POLICY:
+            return incumbent
         folder = registry.checked_folder(self.settings.state, incumbent)
         try:
             backbone.adapters.load("incumbent", folder)
@@ -188,7 +188,7 @@ class _Night:
                 f"{incumbent.name}, which serves, cannot be compared with ({error}): set training.rank to what it was,"
                 f" or more, or put {BASE_POLICY} into service first."
             ) from error
-        return incumbent.name
+        return incumbent
 
     def _sampler(self, backbone: Backbone) -> Sampler:
         """Who writes the answers that PPO learns from, as `training.rollouts` says."""
@@ -269,12 +269,12 @@ class _Night:
         return models[0], models[1], reports
 
     def _improve(
-        self, backbone: Backbone, reward: RewardModel, preferences: Preferences, sample: Sampler, incumbent: str | None
+        self, backbone: Backbone, reward: RewardModel, preferences: Preferences, sample: Sampler, incumbent: Policy
     ) -> bool:
         self._stage("ppo")
         config = self._ppo_config
         backbone.adapters.add("policy")
-        if incumbent and self.settings.training.start_from == "incumbent":
+        if incumbent.name != BASE_POLICY and self.settings.training.start_from == "incumbent":
             backbone.adapters.set_state("policy", backbone.adapters.state("incumbent"))
         head: nn.Linear = reward.value_start("value")
         return ppo.learn(
@@ -294,7 +294,7 @@ class _Night:
         chat: ChatFormat,
         judge: RewardModel,
         preferences: Preferences,
-        incumbent: str | None,
+        incumbent: Policy,
     ) -> dict[str, Any]:
         self._stage("measuring")
         on_step = self._on_step("measuring", 1 + len(probes.KINDS))
@@ -302,7 +302,7 @@ class _Night:
         sampling = self._sampling(backbone, config.temperature)
         samplers = (
             LocalSampler(backbone, "policy", sampling),
-            LocalSampler(backbone, incumbent and "incumbent", sampling),
+            LocalSampler(backbone, None if incumbent.name == BASE_POLICY else "incumbent", sampling),
         )
         measured = measure(
             *samplers,
@@ -317,7 +317,7 @@ class _Night:
             probed = probe(kind, *samplers, chat, seed=config.seed)
             on_step(step, probed)
             figures |= probed
-        return {"incumbent": incumbent or BASE_POLICY, "candidate": figures}
+        return {"incumbent": incumbent.name, "candidate": figures}
 
     def _gate(self, figures: dict[str, Any], reports: dict[str, Any]) -> GateReport:
         self._stage("gate")
@@ -327,28 +327,44 @@ class _Night:
         self._on_step("gate", 1)(0, checked | {"passed": float(report.passed)})
         return report
 
-    def _publish(self, backbone: Backbone, reward: RewardModel, metrics: dict[str, Any], verdict: GateReport) -> None:
+    def _publish(
+        self,
+        backbone: Backbone,
+        reward: RewardModel,
+        metrics: dict[str, Any],
+        verdict: GateReport,
+        incumbent: Policy,
+    ) -> None:
         self._stage("publishing")
         state = self.settings.state
         reward_id = new_id("rm")
         path, sha256 = registry.publish_folder(state, reward_id, reward.save, parent="reward_models")
         row = learning.RewardModelRow(reward_id, self.run.id, path, sha256, metrics["reward"])
-        parent = registry.serving(self.db) or registry.ensure_base_policy(self.db, state, Path(self.settings.model))
         name = registry.next_name(self.db)
         path, sha256 = registry.publish_folder(state, name, lambda folder: backbone.publish("policy", folder))
-        if not verdict.passed:
-            status = PolicyStatus.REJECTED
-        elif self.settings.gate.mode == "offline":
-            status = PolicyStatus.PROMOTED
-        else:
-            status = PolicyStatus.CANDIDATE
-        candidate = Policy(
-            name, parent.name, path, sha256, parent.base_model, status, timestamp(), self.run.id, reward_id, metrics
-        )
         with transaction(self.db):
             runs.finish(self.db, self.run.id, RunStatus.SUCCEEDED)
             learning.insert_reward_model(self.db, row)
+            status, problem = self._status(verdict, incumbent)
+            candidate = Policy(
+                name, incumbent.name, path, sha256, incumbent.base_model, status, timestamp(), self.run.id, reward_id,
+                metrics, problem,
+            )  # fmt: skip
             registry.insert(self.db, candidate)
+
+    def _status(self, verdict: GateReport, incumbent: Policy) -> tuple[PolicyStatus, str | None]:
+        """Where the candidate goes, and what keeps it from going further."""
+        if not verdict.passed:
+            return PolicyStatus.REJECTED, None
+        if self.settings.gate.mode != "offline":
+            return PolicyStatus.CANDIDATE, None
+        now = registry.serving(self.db)
+        if now is not None and now.name != incumbent.name:
+            return PolicyStatus.CANDIDATE, (
+                f"It was compared with {incumbent.name}, and {now.name} serves since: start another run, or promote it"
+                " all the same with `nightshift policies promote`."
+            )
+        return PolicyStatus.PROMOTED, None
 
     def _sampling(self, backbone: Backbone, temperature: float) -> Sampling:
         return Sampling(

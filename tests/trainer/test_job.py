@@ -181,6 +181,30 @@ def test_where_a_candidate_goes_that_passed_the_gate(
     assert candidate.metrics["gate"]["passed"] is True
 
 
+@pytest.mark.parametrize("mode", ["offline", "trial"])
+def test_a_candidate_takes_no_place_of_a_policy_that_it_was_never_compared_with(
+    settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch, mode: str
+) -> None:
+    monkeypatch.setattr(gate, "judge", passing)
+    settings = settings.model_copy(update={"gate": GateSettings.model_validate({"mode": mode})})
+    job.once(settings, request={})
+    with transaction(db):
+        registry.set_serving(db, "policy-0000")
+
+    def watch(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        if stage == "gate":
+            with transaction(db):
+                registry.set_serving(db, "policy-0001")
+
+    job.once(settings, request={}, watch=watch)
+    _, serving, candidate = registry.list_policies(db)
+    assert serving.status is PolicyStatus.SERVING
+    assert (candidate.status, candidate.parent) == (PolicyStatus.CANDIDATE, "policy-0000")
+    assert candidate.metrics["incumbent"] == "policy-0000"
+    problem = "compared with policy-0000, and policy-0001 serves since: start another run"
+    assert (problem in (candidate.problem or "")) is (mode == "offline"), "a trial will compare the two"
+
+
 def test_a_candidate_is_held_against_the_policy_that_serves(
     settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -45,24 +45,24 @@ class QueuedPair:
 
 
 def insert(db: Database, comparison: Comparison) -> None:
-    """Call inside the transaction that inserts its two completions."""
+    """Call inside the transaction that inserts its two completions, after them."""
     c = comparison
     db.execute(
-        "INSERT INTO comparisons (id, key_id, a, b, kind, swapped, created_at, expires_at, duel_id)"
-        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?)",
-        (c.id, c.key_id, c.a, c.b, c.kind, int(c.swapped), c.created_at, c.expires_at, c.duel_id),
+        "INSERT INTO comparisons (id, key_id, a, b, kind, swapped, created_at, expires_at, duel_id, user)"
+        " VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, (SELECT user FROM completions WHERE id = ?))",
+        (c.id, c.key_id, c.a, c.b, c.kind, int(c.swapped), c.created_at, c.expires_at, c.duel_id, c.a),
     )
 
 
-def shown_lately(db: Database, user: str, *, cooldown: int) -> tuple[int, int | None]:
-    """How many comparisons `user` was shown in the last 24 hours, and how many whole answers it has had since the last
-    of them, counted up to `cooldown` (None: never shown one)."""
-    theirs = "FROM completions JOIN comparisons ON comparisons.a = completions.id WHERE completions.user = ?"
+def shown_lately(db: Database, user: str, *, cap: int, cooldown: int) -> tuple[int, int | None]:
+    """How many comparisons `user` was shown in the last 24 hours, counted up to `cap`, and how many whole answers it
+    has had since the last of them, counted up to `cooldown` (None: never shown one)."""
     shown = db.execute(
-        f"SELECT count(*) {theirs} AND completions.created_at > ?", (user, timestamp(plus_s=-86_400))
+        "SELECT count(*) FROM (SELECT 1 FROM comparisons WHERE user = ? AND created_at > ? LIMIT ?)",
+        (user, timestamp(plus_s=-86_400), cap),
     ).fetchone()[0]
     last = db.execute(
-        f"SELECT comparisons.created_at {theirs} ORDER BY completions.created_at DESC LIMIT 1", (user,)
+        "SELECT created_at FROM comparisons WHERE user = ? ORDER BY created_at DESC LIMIT 1", (user,)
     ).fetchone()
     if last is None:
         return shown, None

@@ -334,3 +334,22 @@ def m0006_faces(db: Database) -> None:
         CREATE INDEX votes_by_key ON votes (key_id, created_at);
         """,
     )
+
+
+@migrations()
+def m0008_find_without_searching(db: Database) -> None:
+    _run(
+        db,
+        """
+        ALTER TABLE comparisons ADD COLUMN user TEXT NOT NULL DEFAULT '';
+        UPDATE comparisons SET user = (SELECT completions.user FROM completions WHERE completions.id = a);
+        CREATE INDEX comparisons_by_user ON comparisons (user, created_at);
+
+        ALTER TABLE comparisons ADD COLUMN waits INTEGER NOT NULL DEFAULT 1 CHECK (waits IN (0, 1));
+        UPDATE comparisons SET waits = 0 WHERE id IN (SELECT comparison_id FROM votes)
+            OR a IN (SELECT id FROM completions WHERE messages = '[]');
+        CREATE INDEX comparisons_waiting ON comparisons (created_at) WHERE waits = 1;
+
+        CREATE INDEX completions_by_policy ON completions (policy, id);
+        """,
+    )

@@ -197,8 +197,10 @@ def _plan(state: State, body: ChatRequest, key: Key, user: str, serving: str) ->
     if feedback is Feedback.OFF or (feedback is Feedback.AUTO and body.temperature == 0):
         return None
     settings = state.settings.comparisons
-    shown, turns = comparisons.shown_lately(state.reader, user, cooldown=settings.cooldown_turns)
-    if not pairing.wants_pair(feedback, settings, shown_today=shown, turns_since=turns, rng=state.rng):
+    lately = partial(
+        comparisons.shown_lately, state.reader, user, cap=settings.daily_cap, cooldown=settings.cooldown_turns
+    )
+    if not pairing.wants_pair(feedback, settings, lately=lately, rng=state.rng):
         return None
     duel = state.hot_swap.duel_beside(serving)
     gate = state.settings.gate

@@ -1,7 +1,7 @@
 """Whether to ask for a vote, between which policies, on which side. Pure: chance comes from outside."""
 
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from statistics import pvariance
 
@@ -33,21 +33,19 @@ def wants_pair(
     feedback: Feedback,
     settings: ComparisonSettings,
     *,
-    shown_today: int,
-    turns_since: int | None,
+    lately: Callable[[], tuple[int, int | None]],
     rng: random.Random,
 ) -> bool:
     """Whether this request is answered with two answers.
 
-    `shown_today` comparisons were shown to this user in the last 24 hours, and `turns_since` plain answers were given
-    since the last one (None: there was none)."""
+    `lately()` looks up how many comparisons were shown to this user in the last 24 hours, and how many plain answers
+    were given since the last one (None: there was none). It is asked only where that decides."""
     if feedback is not Feedback.AUTO:
         return feedback is Feedback.ALWAYS
-    if shown_today >= settings.daily_cap:
+    if rng.random() >= settings.rate:
         return False
-    if turns_since is not None and turns_since < settings.cooldown_turns:
-        return False
-    return rng.random() < settings.rate
+    shown_today, turns_since = lately()
+    return shown_today < settings.daily_cap and (turns_since is None or turns_since >= settings.cooldown_turns)
 
 
 def plan_pair(

@@ -530,6 +530,30 @@ def add_policy(db: Database, settings: Settings) -> AddPolicy:
     return add
 
 
+Work = Callable[[Callable[[], object]], int]
+
+
+@pytest.fixture
+def work(db: Database) -> Work:
+    """How many instructions the database carries out while something is called, to a few: whatever the machine."""
+
+    def count(call: Callable[[], object]) -> int:
+        steps = 0
+
+        def step() -> None:
+            nonlocal steps
+            steps += 1
+
+        db.conn.set_progress_handler(step, 1)
+        try:
+            call()
+        finally:
+            db.conn.set_progress_handler(None, 1)
+        return steps
+
+    return count
+
+
 AddPair = Callable[..., str]
 
 

@@ -12,7 +12,7 @@ from data import comparisons
 from data.comparisons import CastVote, ComparisonExpired, UnknownComparison, VoteIsFinal
 from data.database import transaction
 from data.types import Choice, ComparisonKind, Role, timestamp
-from tests.conftest import AddPair, MakeKey
+from tests.conftest import AddPair, MakeKey, Work
 
 Cast = Callable[..., CastVote]
 
@@ -201,21 +201,21 @@ def test_a_rater_who_asks_again_after_their_hold_gets_a_new_one(
 
 
 def test_a_user_who_was_shown_nothing_has_no_last_time(db: Database, owner: str) -> None:
-    assert comparisons.shown_lately(db, owner, cooldown=3) == (0, None)
+    assert comparisons.shown_lately(db, owner, cap=20, cooldown=3) == (0, None)
 
 
 def test_only_the_last_24_hours_count_as_today(db: Database, add_pair: AddPair, owner: str) -> None:
     for age_s in (60.0, 86_000.0, 87_000.0):
         add_pair(owner, age_s=age_s)
-    shown, _ = comparisons.shown_lately(db, owner, cooldown=3)
-    assert shown == 2
+    counted = [comparisons.shown_lately(db, owner, cap=cap, cooldown=3)[0] for cap in (0, 1, 2, 3)]
+    assert counted == [0, 1, 2, 2]
 
 
 def test_turns_are_counted_up_to_the_cool_down(db: Database, add_pair: AddPair, owner: str) -> None:
     add_pair(owner, age_s=1000.0)
     turns = []
     for i in range(4):
-        turns.append(comparisons.shown_lately(db, owner, cooldown=2)[1])
+        turns.append(comparisons.shown_lately(db, owner, cap=20, cooldown=2)[1])
         _answer(db, owner, f"cpl_{i}", status="complete")
         _answer(db, owner, f"cpl_{i}x", status="aborted")
     assert turns == [0, 1, 2, 2]
@@ -231,9 +231,29 @@ def _answer(db: Database, key_id: str, id: str, *, status: str) -> None:
 
 def test_end_users_of_one_key_are_counted_apart(db: Database, add_pair: AddPair, owner: str) -> None:
     add_pair(owner, user=f"{owner}/ada")
-    assert comparisons.shown_lately(db, f"{owner}/ada", cooldown=3)[0] == 1
-    assert comparisons.shown_lately(db, f"{owner}/bob", cooldown=3) == (0, None)
-    assert comparisons.shown_lately(db, owner, cooldown=3) == (0, None)
+    assert comparisons.shown_lately(db, f"{owner}/ada", cap=20, cooldown=3)[0] == 1
+    assert comparisons.shown_lately(db, f"{owner}/bob", cap=20, cooldown=3) == (0, None)
+    assert comparisons.shown_lately(db, owner, cap=20, cooldown=3) == (0, None)
+
+
+def test_a_user_s_long_day_is_not_searched(db: Database, add_pair: AddPair, owner: str, work: Work) -> None:
+    def look(user: str) -> int:
+        return work(lambda: comparisons.shown_lately(db, user, cap=2, cooldown=3))
+
+    def go_on(turns: range) -> list[int]:
+        with transaction(db):
+            for n in turns:
+                _answer(db, owner, f"cpl_{n}", status="complete")
+        return [look(user) for user in (owner, f"{owner}/ada", f"{owner}/eve")]
+
+    add_pair(owner, user=f"{owner}/ada")
+    for _ in range(3):
+        add_pair(owner)
+    before = go_on(range(10))
+    for _ in range(50):
+        add_pair(owner)
+        add_pair(owner, user=f"{owner}/bob")
+    assert max(go_on(range(10, 300))) < 2 * max(before)
 
 
 # Lists and exports

@@ -51,6 +51,24 @@ def test_who_holds_a_pair_is_known_after_the_migration_that_moved_it(tmp_path: P
     db.close()
 
 
+def test_what_waits_and_whose_it_is_are_known_after_the_migration_that_wrote_it_down(tmp_path: Path) -> None:
+    old = Database(sqlite3.connect(str(tmp_path / "nightshift.db"), isolation_level=None))
+    schema.migrations.apply(old, stop_before="m0008_find_without_searching")
+    key = {"id": "key_1", "hash": b"", "role": "rater", "feedback": "off", "label": "", "created_at": timestamp()}
+    insert(old, "keys", **key)
+    insert(old, "policies", **policy(name="policy-0000"))
+    for id, words in (("cpl_1", "[1]"), ("cpl_2", "[1]"), ("cpl_3", "[]"), ("cpl_4", "[]")):
+        insert(old, "completions", **completion("key_1", id=id, messages=words, user="key_1/ada"))
+    for id, a, b in (("waits", "cpl_1", "cpl_2"), ("voted", "cpl_1", "cpl_2"), ("forgotten", "cpl_3", "cpl_4")):
+        insert(old, "comparisons", **comparison("key_1", id=id, a=a, b=b))
+    insert(old, "votes", **vote("key_1", comparison_id="voted"))
+    old.close()
+    db = connect(tmp_path / "nightshift.db")
+    assert db.execute("SELECT id FROM comparisons WHERE waits = 1").fetchall() == [("waits",)]
+    assert {user for (user,) in db.execute("SELECT user FROM comparisons")} == {"key_1/ada"}
+    db.close()
+
+
 def test_every_table_is_strict(db: Database) -> None:
     loose = {row["name"] for row in db.query("PRAGMA table_list") if not row["strict"]}
     assert {name for name in loose if not name.startswith(("_", "sqlite_"))} == set()

@@ -20,7 +20,7 @@ TURNS = st.none() | st.integers(0, 10)
 
 
 def wants(feedback: Feedback, settings: ComparisonSettings, shown: int, turns: int | None, seed: int) -> bool:
-    return wants_pair(feedback, settings, shown_today=shown, turns_since=turns, rng=random.Random(seed))
+    return wants_pair(feedback, settings, lately=lambda: (shown, turns), rng=random.Random(seed))
 
 
 @given(SETTINGS, SHOWN, TURNS, st.integers())
@@ -44,8 +44,22 @@ def test_auto_wants_a_pair_as_often_as_the_rate_says() -> None:
     rng, n = random.Random(11), 20_000
     for rate in (0.0, 0.05, 0.3, 1.0):
         settings = ComparisonSettings(rate=rate)
-        asked = sum(wants_pair(Feedback.AUTO, settings, shown_today=0, turns_since=None, rng=rng) for _ in range(n))
+        asked = sum(wants_pair(Feedback.AUTO, settings, lately=lambda: (0, None), rng=rng) for _ in range(n))
         assert abs(asked - rate * n) <= 4 * sqrt(n * rate * (1 - rate))
+
+
+def test_what_a_user_was_shown_lately_is_looked_up_only_where_it_decides() -> None:
+    rng, looked = random.Random(3), []
+
+    def lately() -> tuple[int, int | None]:
+        looked.append(1)
+        return 0, None
+
+    for feedback, rate in ((Feedback.OFF, 1.0), (Feedback.ALWAYS, 1.0), (Feedback.AUTO, 0.0)):
+        wants_pair(feedback, ComparisonSettings(rate=rate), lately=lately, rng=rng)
+    assert looked == []
+    asked = [wants_pair(Feedback.AUTO, ComparisonSettings(rate=0.3), lately=lately, rng=rng) for _ in range(1000)]
+    assert len(looked) == sum(asked) > 200
 
 
 def plans(n: int, *, seed: int | None = None) -> list[PairPlan]:

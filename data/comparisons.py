@@ -125,6 +125,7 @@ def vote(
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (cast.id, comparison_id, key_id, choice, comment, cast.decided_ms, at, at),
         )
+        db.execute("UPDATE comparisons SET waits = 0 WHERE id = ? AND waits = 1", (comparison_id,))
         return CastVote(cast, policy_a, policy_b)
 
     before = Vote(row[0], row[1], row[2], Choice(row[3]), *row[4:])
@@ -153,8 +154,7 @@ def next_for_rater(db: Database, *, key_id: str, lease_s: float) -> QueuedPair |
         "SELECT comparisons.id, first.messages, first.answer, second.answer, mine.until FROM comparisons"
         " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
         " LEFT JOIN holds AS mine ON mine.comparison_id = comparisons.id AND mine.key_id = :key"
-        " WHERE NOT EXISTS (SELECT 1 FROM votes WHERE comparison_id = comparisons.id) AND first.messages <> '[]'"
-        " AND mine.passed_at IS NULL"
+        " WHERE waits = 1 AND mine.passed_at IS NULL"
     )
     row = db.execute(f"{unrated} AND mine.until > :now", given).fetchone()
     if row is None:
@@ -178,8 +178,7 @@ def next_for_rater(db: Database, *, key_id: str, lease_s: float) -> QueuedPair |
 def holds_one(db: Database, key_id: str) -> bool:
     """Whether this rater holds a pair that nobody voted on."""
     row = db.execute(
-        "SELECT 1 FROM holds WHERE key_id = ? AND until > ?"
-        " AND NOT EXISTS (SELECT 1 FROM votes WHERE votes.comparison_id = holds.comparison_id)",
+        "SELECT 1 FROM holds JOIN comparisons ON id = comparison_id WHERE holds.key_id = ? AND until > ? AND waits = 1",
         (key_id, timestamp()),
     ).fetchone()
     return row is not None

@@ -99,7 +99,7 @@ def forget_user(db: Database, user: str, *, actor: str) -> int:
         "DELETE FROM conversations WHERE key_id = :user",
         "UPDATE gold_questions SET comment = NULL WHERE comment IS NOT NULL AND key_id = :user",
     ]
-    db.execute(f"UPDATE comparisons SET expires_at = :now WHERE expires_at > :now AND id IN ({pairs})", given)
+    db.execute(f"UPDATE comparisons SET expires_at = min(expires_at, :now), waits = 0 WHERE id IN ({pairs})", given)
     emptied = 0
     for change in changes:
         db.execute(change, given)

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlite_utils import Database
 
-from data import comparisons
+from data import comparisons, completions
 from data.comparisons import CastVote, ComparisonExpired, UnknownComparison, VoteIsFinal
 from data.database import transaction
 from data.types import Choice, ComparisonKind, Role, timestamp
@@ -195,6 +195,28 @@ def test_a_rater_who_asks_again_after_their_hold_gets_a_new_one(
     assert give(db, rater, lease_s=-1.0) == comparison
     assert give(db, rater) == comparison
     assert cast(comparison, "a", key_id=rater, role=Role.RATER).vote.choice is Choice.A
+
+
+def test_what_was_voted_on_or_forgotten_makes_the_queue_no_slower(
+    db: Database, cast: Cast, add_pair: AddPair, make_key: MakeKey, owner: str, work: Work
+) -> None:
+    gone, rater = make_key()[0].id, make_key(Role.RATER)[0].id
+
+    def draw() -> int:
+        add_pair(owner)
+        fresh = work(lambda: give(db, rater, lease_s=-1.0))
+        db.execute("UPDATE holds SET until = '9999'")
+        again = work(lambda: give(db, rater))
+        db.execute("DELETE FROM holds")
+        return fresh + again
+
+    before = draw()
+    for _ in range(100):
+        cast(add_pair(owner, age_s=100.0), "a")
+        add_pair(gone, age_s=50.0)
+    with transaction(db):
+        completions.forget_user(db, gone, actor="test")
+    assert draw() < 2 * before
 
 
 # What was shown lately

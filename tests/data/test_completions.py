@@ -11,8 +11,8 @@ from sqlite_utils import Database
 from data import comparisons, completions
 from data.database import empty_wal, transaction
 from data.settings import Settings
-from data.types import Choice, Role
-from tests.conftest import AddPair, MakeKey
+from data.types import Choice, Role, timestamp
+from tests.conftest import AddPair, AddPolicy, MakeKey, Work
 
 TEXT = st.text("abc é\n", max_size=5)
 TURN = st.fixed_dictionaries({"role": st.sampled_from(["user", "assistant", "system"]), "content": TEXT})
@@ -35,6 +35,32 @@ def test_content_in_parts_is_told_apart(settings: Settings) -> None:
 
     assert digest("one") == digest("one")
     assert digest("one") != digest("two")
+
+
+# How answers ended
+
+
+def test_only_the_answers_that_are_counted_are_read(
+    db: Database, add_pair: AddPair, add_policy: AddPolicy, make_key: MakeKey, work: Work
+) -> None:
+    owner, new = make_key()[0].id, add_policy()
+
+    def look() -> int:
+        now = timestamp(plus_s=1.0)
+        return work(lambda: completions.outcomes(db, "policy-0000", until=now, limit=4)) + work(
+            lambda: completions.outcomes(db, new, since=timestamp(plus_s=-3600.0), limit=4)
+        )
+
+    for policy in ("policy-0000", new):
+        for _ in range(3):
+            add_pair(owner, policies=(policy, policy))
+    before = look()
+    for policy in (new, "policy-0000", new):
+        for _ in range(30):
+            add_pair(owner, policies=(policy, policy))
+    for _ in range(30):
+        add_pair(owner, policies=(new, new))
+    assert look() < 1.5 * before
 
 
 # Forgetting

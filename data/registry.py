@@ -6,6 +6,7 @@ import os
 import shutil
 import struct
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -150,12 +151,18 @@ def servable_folder(db: Database, state: Path, policy: Policy, *, max_rank: int)
 
 
 def publish_folder(
-    state: Path, name: str, write: Callable[[Path], None], *, parent: str = "policies"
+    state: Path,
+    name: str,
+    write: Callable[[Path], None],
+    *,
+    parent: str = "policies",
+    placing: AbstractContextManager[object] | None = None,
 ) -> tuple[str, str]:
     """Let `write(folder)` fill a folder, and put it in place as `parent`/`name`, whole or not at all.
 
     Returns its path relative to `state` and its sha256. What an earlier, interrupted publication of the same name left
-    behind is replaced: a name counts as taken only once its row exists."""
+    behind is replaced: a name counts as taken only once its row exists. `placing` is held while the folder takes its
+    place; what it raises when it is entered leaves whatever lies there as it is."""
     home = state / parent
     home.mkdir(parents=True, exist_ok=True)
     building, final = home / f".{name}.building", home / name
@@ -166,9 +173,10 @@ def publish_folder(
         for path in [*building.rglob("*"), building]:
             _fsync(path)
         sha256 = folder_digest(building)
-        shutil.rmtree(final, ignore_errors=True)
-        building.rename(final)
-        _fsync(home)
+        with placing or nullcontext():
+            shutil.rmtree(final, ignore_errors=True)
+            building.rename(final)
+            _fsync(home)
     except BaseException:
         shutil.rmtree(building, ignore_errors=True)
         raise

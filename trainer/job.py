@@ -15,8 +15,8 @@ untouched: it is read here, and never written. A run whose candidate the gate re
 import json
 import shutil
 import traceback
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -341,7 +341,9 @@ class _Night:
         path, sha256 = registry.publish_folder(state, reward_id, reward.save, parent="reward_models")
         row = learning.RewardModelRow(reward_id, self.run.id, path, sha256, metrics["reward"])
         name = registry.next_name(self.db)
-        path, sha256 = registry.publish_folder(state, name, lambda folder: backbone.publish("policy", folder))
+        path, sha256 = registry.publish_folder(
+            state, name, lambda folder: backbone.publish("policy", folder), placing=self._while_ours()
+        )
         with transaction(self.db):
             runs.finish(self.db, self.run.id, RunStatus.SUCCEEDED)
             learning.insert_reward_model(self.db, row)
@@ -351,6 +353,14 @@ class _Night:
                 metrics, problem,
             )  # fmt: skip
             registry.insert(self.db, candidate)
+
+    @contextmanager
+    def _while_ours(self) -> Iterator[None]:
+        """Keep the run from being given up for dead meanwhile; RunLost where it has been. The next run then takes the
+        same name for its policy, and may have registered it."""
+        with transaction(self.db):
+            runs.beat(self.db, self.run.id, stage="publishing")
+            yield
 
     def _status(self, verdict: GateReport, incumbent: Policy) -> tuple[PolicyStatus, str | None]:
         """Where the candidate goes, and what keeps it from going further."""

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -450,6 +451,32 @@ def test_a_run_that_was_given_up_for_dead_registers_nothing(settings: Settings, 
     assert (run.status, "process died" in (run.error or "")) == (RunStatus.FAILED, True)
     assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000"]
     assert learning.reward_models(db) == []
+
+
+def test_a_run_that_wakes_after_the_next_one_leaves_its_policy_alone(
+    settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Stopped while it publishes, it is given up for dead, and another run registers a policy of the same name."""
+    write = Backbone.publish
+
+    def slow(self: Backbone, name: str, folder: Path) -> None:
+        write(self, name, folder)
+        if name == "policy":
+            theirs = shutil.copytree(folder, settings.state / "policies/policy-0001")
+            (theirs / "theirs").touch()
+            base, sha256 = registry.get(db, "policy-0000"), registry.folder_digest(theirs)
+            with transaction(db):
+                db.execute("UPDATE runs SET heartbeat_at = '2020-01-01T00:00:00.000Z'")
+                runs.give_up_the_dead(db)
+                registry.insert(db, replace(base, name="policy-0001", path="policies/policy-0001", sha256=sha256))
+
+    monkeypatch.setattr(Backbone, "publish", slow)
+    run = job.once(settings, request={})
+    assert run is not None
+    assert run.status is RunStatus.FAILED
+    _, theirs = registry.list_policies(db)
+    assert registry.checked_folder(settings.state, theirs)
+    assert not list(settings.state.glob("policies/.*"))
 
 
 # The engine

@@ -12,6 +12,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from functools import partial
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
@@ -30,6 +31,8 @@ LOW_PRIORITY = 10
 
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
 """How long to wait, time after time, while the engine's queue is full."""
+RESTART_SECONDS = (5, 10, 20, 40, 80, 160)
+"""How long to wait, time after time, for an engine that cannot be reached: it may be starting again."""
 
 Query = tuple[int, ...]
 Sampler = Callable[[Sequence[Query], Sequence[int]], list[Answer]]
@@ -37,6 +40,11 @@ Sampler = Callable[[Sequence[Query], Sequence[int]], list[Answer]]
 
 class EngineError(Exception):
     """The engine did not do what a rollout needs; the message says what it answered."""
+
+
+class EngineAway(EngineError):
+    """The engine cannot be reached, broke off in the middle of an answer, or has forgotten the adapter: it may be
+    starting again, or have done so."""
 
 
 class EngineFull(EngineError):
@@ -221,14 +229,15 @@ class Engine:
         url = self.url.rstrip("/") + path
         request = Request(url, None if body is None else json.dumps(body).encode(), headers)
         try:
-            with urlopen(request, timeout=timeout_s) as answer:
-                return bytes(answer.read())
-        except HTTPError as error:
-            said = error.read().decode(errors="replace")[:500]
-            kind = EngineFull if error.code == 503 else EngineError
-            raise kind(f"{url} answered {error.code}: {said}") from error
-        except OSError as error:
-            raise EngineError(f"{url} cannot be reached: {error}") from error
+            try:
+                with urlopen(request, timeout=timeout_s) as answer:
+                    return bytes(answer.read())
+            except HTTPError as error:
+                said = error.read().decode(errors="replace")[:500]
+                kinds = {(503, path): EngineFull, (404, "/v1/completions"): EngineAway}
+                raise kinds.get((error.code, path), EngineError)(f"{url} answered {error.code}: {said}") from error
+        except (OSError, HTTPException) as error:
+            raise EngineAway(f"{url} cannot be reached: {error or type(error).__name__}") from error
 
 
 class EngineSampler:
@@ -236,7 +245,7 @@ class EngineSampler:
 
     The adapter is published under a new name for every call, since vLLM caches by name, and forgotten afterwards,
     whatever happens. vLLM's priority orders its queue but does not preempt what runs, so only `in_flight` requests
-    are out at once.
+    are out at once. An engine that starts again meanwhile has forgotten the adapter: the call then begins anew.
     """
 
     def __init__(
@@ -270,8 +279,19 @@ class EngineSampler:
     def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
         """
         Raises:
-            EngineError: the engine refused a request or could not be reached.
+            EngineError: the engine refused a request, or could not be reached for minutes.
         """
+        waits = iter(RESTART_SECONDS)
+        while True:
+            try:
+                return self._call(queries, seeds)
+            except EngineAway:
+                wait = next(waits, None)
+                if wait is None:
+                    raise
+                time.sleep(wait)
+
+    def _call(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
         name = f"{self._name}-{self._calls:05d}"
         self._calls += 1
         try:

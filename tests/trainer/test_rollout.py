@@ -65,6 +65,10 @@ class FakeEngine(ThreadingHTTPServer):
         """So many more completions are answered 503."""
         self.refuse_after = 10**9
         """Completions after so many are answered 400."""
+        self.restart_after = 10**9
+        """After so many more completions it breaks off, and comes back without its adapters."""
+        self.broken = b""
+        """What it says to whoever asks for its metrics, instead of HTTP."""
         self.people = 0
         """Requests that somebody else has running."""
         self.lock = threading.Lock()
@@ -78,7 +82,9 @@ class Handler(BaseHTTPRequestHandler):
     server: FakeEngine
 
     def do_GET(self) -> None:
-        if self.path == "/metrics":
+        if self.path == "/metrics" and self.server.broken:
+            self.wfile.write(self.server.broken)
+        elif self.path == "/metrics":
             lines = [
                 "# TYPE vllm:num_requests_running gauge",
                 f'vllm:num_requests_running{{engine="0",model_name="base"}} {self.server.people:.1f}',
@@ -102,12 +108,16 @@ class Handler(BaseHTTPRequestHandler):
             full = engine.full > 0 and completion
             engine.full -= full
             engine.refuse_after -= completion
+            engine.restart_after -= completion
+            if restarts := engine.restart_after == 0:
+                engine.loaded.clear()
         try:
             status, answer = self.respond(body, full=full)
         finally:
             with engine.lock:
                 engine.busy -= 1
-        self.answer(status, answer)
+        if not restarts:
+            self.answer(status, answer)
 
     def respond(self, body: dict, *, full: bool) -> tuple[int, dict]:
         engine = self.server
@@ -123,8 +133,9 @@ class Handler(BaseHTTPRequestHandler):
             return 404, {"error": {"message": f"The model {body['model']} does not exist."}}
         if engine.refuse_after < 0:
             return 400, {"error": {"message": "the prompt is too long"}}
+        folder = Path(engine.loaded[body["model"]])
         time.sleep(0.02)
-        assert Path(engine.loaded[body["model"]]).exists(), "its folder went before its last request"
+        assert folder.exists(), "its folder went before its last request"
         tokens = [body["seed"] % 20 + 5, 2]
         choice = {"token_ids": tokens, "logprobs": {"token_logprobs": [-0.5, -0.25]}, "text": "?"}
         return 200, {"choices": [choice]}
@@ -229,6 +240,16 @@ def test_a_queue_that_stays_full_ends_with_what_the_engine_said(
         engine_sampler(QUERIES, range(5))
 
 
+def test_an_engine_that_starts_again_is_waited_for_and_told_of_the_adapter_anew(
+    engine: FakeEngine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "RESTART_SECONDS", (0.01,))
+    engine.restart_after = 4
+    assert [a.response for a in engine_sampler(QUERIES, range(5))] == [(seed % 20 + 5, 2) for seed in range(5)]
+    assert sum(path == "/v1/load_lora_adapter" for path, _ in engine.bodies) == 2
+    assert not engine.loaded
+
+
 def test_after_a_refusal_nothing_of_the_adapter_is_left_and_nothing_was_taken_from_a_running_request(
     engine: FakeEngine, engine_sampler: EngineSampler, tmp_path: Path
 ) -> None:
@@ -253,7 +274,10 @@ def test_an_interrupt_leaves_nothing_of_the_adapter(
     assert list((tmp_path / "rollouts").iterdir()) == []
 
 
-def test_an_engine_that_is_not_there_is_named_and_no_folder_stays(tiny_backbone: MakeBackbone, tmp_path: Path) -> None:
+def test_an_engine_that_is_not_there_is_named_and_no_folder_stays(
+    tiny_backbone: MakeBackbone, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "RESTART_SECONDS", (0.01,))
     sampler = EngineSampler(
         tiny_backbone("policy"), "policy", SAMPLING, engine=Engine("http://127.0.0.1:1"), home=tmp_path / "rollouts",
         name="r", accelerator=Accelerator(),
@@ -288,3 +312,14 @@ def test_requests_are_those_that_run_and_those_that_wait(engine: FakeEngine) -> 
     engine.people, engine.busy = 0, 0
     assert Engine(engine.url).requests() == 0
     assert Engine("http://127.0.0.1:1").requests() == 0, "who cannot be asked is not waited for"
+
+
+@pytest.mark.parametrize(
+    "said",
+    [b"HTTP/1.1 200 OK\r\nContent-Length: 100\r\n\r\nvllm:num", b"what?\r\n\r\n",
+     b"HTTP/1.1 500 Internal Server Error\r\nContent-Length: 100\r\n\r\n"],
+    ids=["broken off", "no HTTP", "an error broken off"],
+)  # fmt: skip
+def test_an_engine_that_breaks_off_is_one_that_cannot_be_asked(engine: FakeEngine, said: bytes) -> None:
+    engine.broken, engine.people = said, 1
+    assert Engine(engine.url).requests() == 0

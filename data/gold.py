@@ -6,7 +6,6 @@ counts in a duel."""
 import json
 import random
 from datetime import UTC, datetime
-from typing import Any
 
 from sqlite_utils import Database
 
@@ -91,14 +90,3 @@ def vote(
     cast = Vote(vote_id, id_, key_id, choice, comment, decided_ms, created_at, updated_at)
     (policy,) = db.execute("SELECT name FROM policies WHERE status = 'serving'").fetchone() or ("",)
     return CastVote(cast, policy, policy)
-
-
-def standing(db: Database) -> list[dict[str, Any]]:
-    """Of each rater who was asked: votes, gold questions answered, and how many of them rightly (a tie is not)."""
-    return list(
-        db.query(
-            "SELECT keys.id AS key, label, (SELECT count(*) FROM votes WHERE votes.key_id = keys.id) AS votes,"
-            " count(choice) AS gold, coalesce(sum(choice = chosen_side), 0) AS gold_right"
-            " FROM gold_questions JOIN keys ON keys.id = gold_questions.key_id GROUP BY keys.id ORDER BY keys.id"
-        )
-    )

@@ -337,6 +337,34 @@ def m0006_faces(db: Database) -> None:
 
 
 @migrations()
+def m0007_whose_votes_are_left_out(db: Database) -> None:
+    _run(
+        db,
+        """
+        CREATE TABLE quarantines (
+            key_id TEXT PRIMARY KEY REFERENCES keys (id),
+            status TEXT NOT NULL CHECK (status IN ('suspected', 'confirmed', 'released')),
+            reason TEXT NOT NULL,
+            run_id TEXT REFERENCES runs (id),
+            since TEXT NOT NULL,
+            ruled_by TEXT,
+            ruled_at TEXT,
+            CHECK ((status = 'suspected') = (ruled_at IS NULL))
+        ) STRICT, WITHOUT ROWID;
+
+        CREATE TABLE run_raters (
+            run_id TEXT NOT NULL REFERENCES runs (id),
+            key_id TEXT NOT NULL REFERENCES keys (id),
+            votes INTEGER NOT NULL,
+            agreed INTEGER NOT NULL,
+            reliability REAL NOT NULL,
+            PRIMARY KEY (run_id, key_id)
+        ) STRICT, WITHOUT ROWID;
+        """,
+    )
+
+
+@migrations()
 def m0008_find_without_searching(db: Database) -> None:
     _run(
         db,

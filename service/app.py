@@ -16,7 +16,7 @@ from data import registry, swaps
 from data.database import Writer, connect
 from data.settings import Settings, load_settings
 from data.types import Key, Policy, Role
-from service import admin, board, chat, comparisons, errors, policies, runs, schedules, web
+from service import admin, board, chat, comparisons, errors, policies, raters, runs, schedules, web
 from service.auth import needs
 from service.engine import Engines
 from service.errors import ApiError, not_ready
@@ -49,7 +49,7 @@ def create_app(settings: Settings | None = None, *, rng: random.Random | None = 
     metrics = Metrics()
     app = FastAPI(title="Nightshift", lifespan=lifespan, docs_url=None, redoc_url=None, openapi_url=None)
     errors.install(app)
-    for part in (chat, comparisons, policies, admin, web, runs, schedules, board):
+    for part in (chat, comparisons, raters, policies, admin, web, runs, schedules, board):
         app.include_router(part.router)
     app.add_api_route("/v1/models", list_models, methods=["GET"])
     app.add_api_route("/healthz", healthz, methods=["GET"])
@@ -102,9 +102,9 @@ async def readyz(request: Request) -> dict[str, Any]:
 
 async def metrics_text(request: Request) -> Response:
     state = state_of(request)
-    for engine in state.engines.engines:
-        state.metrics.engine_ready.labels(engine.url).set(engine.ready)
-        state.metrics.engine_in_flight.labels(engine.url).set(engine.in_flight)
+    for number, engine in enumerate(state.engines.engines, 1):  # as /readyz counts them; a URL is nobody's business
+        state.metrics.engine_ready.labels(number).set(engine.ready)
+        state.metrics.engine_in_flight.labels(number).set(engine.in_flight)
     state.metrics.serving.clear()
     if state.engines.serving:
         state.metrics.serving.labels(state.engines.serving).set(1)

@@ -10,7 +10,7 @@ import orjson
 from fastapi import APIRouter, Query, Request, Response
 from sqlite_utils import Database
 
-from data import audit, duels, keys, leases, registry, runs, schedules, stats, swaps
+from data import audit, duels, keys, leases, raters, registry, runs, schedules, stats, swaps
 from data.database import connect
 from data.settings import Settings
 from data.types import Duel, Key, Policy, Role, timestamp
@@ -28,6 +28,7 @@ DAYS = 30
 RUNS = 20
 SWAPS = 10
 ACTS = 50
+RATERS = 50
 CURVE_POINTS = 300
 REWARD_MODELS = 30
 CLOCK = "clock"
@@ -36,8 +37,9 @@ CLOCK = "clock"
 
 @router.get("/v1/board")
 async def get_board(request: Request, operator: Operator) -> Response:
-    """Votes and what they are worth, the latest runs, all policies, the latest duel with its curve, schedules, swaps
-    and the audit log; which engines answer, and whether somebody starts the runs."""
+    """Votes and what they are worth, who cast them and whose are left out, the latest runs, all policies, the latest
+    duel with its curve, schedules, swaps and the audit log; which engines answer, and whether somebody starts the
+    runs."""
     state = state_of(request)
     engines = [
         {"url": e.url, "ready": e.ready, "problem": None if e.ready else e.logged or e.problem}
@@ -77,6 +79,7 @@ async def _read(state: State, read: Callable[[Database], T]) -> T:
 
 def _board(db: Database, settings: Settings) -> dict[str, Any]:
     choices = stats.choices(db)
+    people = raters.standing(db)
     duel = duels.running(db) or next(iter(duels.list_duels(db, limit=1)), None)
     return {
         "at": timestamp(),
@@ -89,6 +92,7 @@ def _board(db: Database, settings: Settings) -> dict[str, Any]:
         "agreement": stats.agreement(db),
         "gold": stats.gold_answers(db),
         "first_share": stats.first_share(choices),
+        "raters": {"total": len(people), "listed": people[:RATERS]},
         "reward_models": stats.reward_reports(db, limit=REWARD_MODELS),
         "runs": [run_json(run) for run in runs.list_runs(db, limit=RUNS)],
         "clock_runs": leases.holder_of(db, CLOCK) is not None,

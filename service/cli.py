@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from service.cli_night import policies_app, runs_app, schedule_app
+from service.cli_raters import raters_app
 from service.console import Json, State, fail, open_record, print_rows, read_settings
 
 if TYPE_CHECKING:
@@ -26,6 +27,7 @@ votes_app = typer.Typer(help="The votes people cast.", no_args_is_help=True)
 users_app = typer.Typer(help="What is kept of users.", no_args_is_help=True)
 app.add_typer(keys_app, name="keys")
 app.add_typer(votes_app, name="votes")
+app.add_typer(raters_app, name="raters")
 app.add_typer(schedule_app, name="schedule")
 app.add_typer(runs_app, name="runs")
 app.add_typer(policies_app, name="policies")
@@ -316,17 +318,6 @@ def votes_export(
     unfinished.write_text(text)
     unfinished.replace(output)
     typer.echo(f"{len(lines)} votes written to {output}", err=True)
-
-
-@votes_app.command("raters")
-def votes_raters(state: State = None, json: Json = False) -> None:
-    """How raters answered the trusted pairs that were mixed into their queues."""
-    from data import gold
-
-    with open_record(state) as db:
-        rows = gold.standing(db)
-    columns = ["key", "label", "votes", "gold", "gold_right"]
-    print_rows(rows, json=json, columns=columns, empty="No rater was shown a trusted pair yet.")
 
 
 @votes_app.command("import-trusted")

@@ -117,9 +117,3 @@ async def pass_over(id: str, request: Request, key: Annotated[Key, needs(Role.RA
             404, f"You were not given a pair '{id}'.", type="not_found_error", code="unknown_comparison"
         ) from None
     return Response(status_code=204)
-
-
-@router.get("/v1/raters")
-async def list_raters(request: Request, operator: Annotated[Key, needs(Role.OPERATOR)]) -> dict[str, Any]:
-    """How raters answered the gold questions mixed into their queues."""
-    return {"object": "list", "data": gold.standing(state_of(request).reader)}

@@ -1,6 +1,7 @@
 """THE MAIN PATH: votes -> reward model -> PPO -> a candidate in the registry.
 
     claim      take the queued run, and clear away what a run that was killed left behind
+    raters     how far each rater's votes can be relied on, and whose are left out
     prepare    votes and trusted pairs to weighed, split pairs
     reward     fit the reward model, and a judge on votes it has not seen
     improve    PPO against the reward model, up to the KL budget; between steps, wait while chat is busy
@@ -29,19 +30,20 @@ from torch import nn
 from transformers import AutoTokenizer
 from transformers.utils.hub import cached_file
 
-from data import comparisons, learning, probes, registry, runs, trusted
+from data import comparisons, learning, probes, raters, registry, runs, trusted
 from data.database import connect, transaction
 from data.ids import new_id
 from data.settings import Settings
 from data.types import BASE_POLICY, Policy, PolicyStatus, Run, RunStatus, timestamp
-from trainer import gate, ppo, reward_model
+from trainer import consensus, gate, ppo, reward_model
 from trainer.backbone import Backbone
 from trainer.encoding import ChatFormat
 from trainer.gate import GateReport
 from trainer.keeper import Cancelled, Keeper
 from trainer.measure import log_ratios, measure, probe
 from trainer.ppo import PPOConfig
-from trainer.preferences import Preferences, Split, prepare
+from trainer.preferences import Preferences, Split, prepare, usable
+from trainer.raters import JudgedVote, standings
 from trainer.reward_model import RewardConfig, RewardModel
 from trainer.rollout import Engine, EngineError, EngineSampler, LocalSampler, Sampler, Sampling, forget_leftovers
 from trainer.updates import CannotLearn
@@ -82,7 +84,7 @@ def once(
             return None
         with Keeper(settings.database, run.id) as keeper:
             try:
-                _Night(settings, db, run, keeper, watch, find_engine(settings)).learn()
+                _Night(settings, db, run, keeper, watch, find_engines(settings)).learn()
             except (Cancelled, KeyboardInterrupt):
                 keeper.finish(RunStatus.CANCELLED)
             except runs.RunLost:
@@ -112,14 +114,14 @@ def what_to_do(error: Exception) -> str | None:
     return None
 
 
-def find_engine(settings: Settings) -> Engine | None:
-    """The vLLM that chat uses: the first one named, or the one that `nightshift up` started on this state folder."""
+def find_engines(settings: Settings) -> list[Engine]:
+    """The vLLMs that chat uses: those named, or the one that `nightshift up` started on this state folder."""
     if settings.engine.urls:
-        return Engine(settings.engine.urls[0], settings.engine.api_key)
+        return [Engine(url, settings.engine.api_key) for url in settings.engine.urls]
     try:
-        return Engine(**json.loads((settings.state / "engine.json").read_text()))
+        return [Engine(**json.loads((settings.state / "engine.json").read_text()))]
     except FileNotFoundError:
-        return None
+        return []
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,14 +131,15 @@ class _Night:
     run: Run
     keeper: Keeper
     watch: Watch
-    engine: Engine | None
+    engines: list[Engine]
+    """All of them answer people; the first also samples for PPO."""
 
     def learn(self) -> None:
         self._clear_away()
         backbone, chat = self._load()
         incumbent = self._load_incumbent(backbone)
         sample = self._sampler(backbone)
-        preferences = self._prepare(chat)
+        preferences = self._prepare(chat, self._rate(backbone, chat))
         reward, judge, reports = self._fit(backbone, preferences)
         stopped = self._improve(backbone, reward, preferences, sample, incumbent)
         figures = self._measure(backbone, chat, judge, preferences, incumbent)
@@ -148,7 +151,7 @@ class _Night:
         """Only one run is active, so what lies under a temporary name or has no row is that of a dead one."""
         self._stage("clearing away")
         state = self.settings.state
-        forget_leftovers(state / "rollouts", self.engine)
+        forget_leftovers(state / "rollouts", self.engines[0] if self.engines else None)
         known = {row.path for row in learning.reward_models(self.db)}
         left = [path for path in state.glob("reward_models/rm_*") if path.relative_to(state).as_posix() not in known]
         left += [*state.glob("reward_models/.rm_*.building"), *state.glob("policies/.policy-*.building")]
@@ -198,22 +201,62 @@ class _Night:
         if wanted == "local" or (wanted == "auto" and backbone.device.type != "cuda"):
             return local
         try:
-            if self.engine is None:
+            if not self.engines:
                 raise EngineError("No running vLLM is known: start `nightshift up`, or name one in engine.urls")
-            self.engine.check()
+            self.engines[0].check()
         except EngineError:
             if wanted == "auto":
                 return local
             raise
         return EngineSampler(
-            backbone, "policy", sampling, engine=self.engine, home=self.settings.state / "rollouts",
+            backbone, "policy", sampling, engine=self.engines[0], home=self.settings.state / "rollouts",
             name=f"rollout-{self.run.id}", accelerator=Accelerator(),
         )  # fmt: skip
 
-    def _prepare(self, chat: ChatFormat) -> Preferences:
+    def _rate(self, backbone: Backbone, chat: ChatFormat) -> dict[str, float]:
+        """How far each rater's votes can be relied on; whose votes are left out is in the record then."""
+        self._stage("raters")
+        training, config = self.settings.training, self._reward_config
+        votes = usable(
+            comparisons.export_preferences(self.db),
+            chat,
+            max_prompt_tokens=training.max_prompt_tokens,
+            max_answer_tokens=training.max_answer_tokens,
+        )
+        distrusted = raters.left_out(self.db)
+        chances = consensus.expected(
+            backbone,
+            [record["voter"] for record, _ in votes],
+            [pair for _, pair in votes],
+            config,
+            distrusted=distrusted,
+            at_least=training.min_votes // 2,
+            accelerator=Accelerator(),
+            on_step=self._on_step("raters", consensus.steps(len(votes), config)),
+        )
+        judged = [
+            JudgedVote(
+                record["voter"],
+                record["chosen"][0]["content"],
+                record["rejected"][0]["content"],
+                pair.shown > 0,
+                chance,
+            )
+            for (record, pair), chance in zip(votes, chances, strict=True)
+            if not pair.tie
+        ]
+        found = standings(judged, raters.gold_answers(self.db), distrusted=distrusted)
+        with transaction(self.db):
+            raters.keep(self.db, self.run.id, found)
+        released = raters.released(self.db)
+        return {voter: standing.reliability for voter, standing in found.items() if voter not in released}
+
+    def _prepare(self, chat: ChatFormat, reliability: dict[str, float]) -> Preferences:
         self._stage("preparing votes")
         training = self.settings.training
-        ranked = [record for record in comparisons.export_preferences(self.db) if record["choice"] != "both_bad"]
+        cast = [record for record in comparisons.export_preferences(self.db) if record["choice"] != "both_bad"]
+        left_out = raters.left_out(self.db)
+        ranked = [record for record in cast if record["voter"] not in left_out]
         preferences = prepare(
             ranked,
             trusted.list_pairs(self.db),
@@ -223,14 +266,17 @@ class _Night:
             trusted_weight=training.trusted_weight,
             max_prompt_tokens=training.max_prompt_tokens,
             max_answer_tokens=training.max_answer_tokens,
+            reliability=reliability,
         )
         decisive = sum(v.split is Split.TRAIN and v.choice != "tie" for v in preferences.votes)
         if decisive < training.min_votes:
-            too_long = len(ranked) - len(preferences.votes)
+            too_long, distrusted = len(ranked) - len(preferences.votes), len(cast) - len(ranked)
             raise CannotLearn(
                 f"{decisive} votes to train on, and training.min_votes is {training.min_votes}: collect more votes"
-                + (f", or raise training.max_prompt_tokens and training.max_answer_tokens, beyond which {too_long} lie."
-                   if too_long else ".")
+                + (f", or raise training.max_prompt_tokens and training.max_answer_tokens, beyond which {too_long} lie"
+                   if too_long else "")
+                + (f", or release some of {distrusted} that are left out: `nightshift raters list` says why."
+                   if distrusted else ".")
             )  # fmt: skip
         sides = {v.choice for v in preferences.votes} - {"tie"}
         if len(sides) == 1:
@@ -403,17 +449,15 @@ class _Night:
         self.watch(name, 0, 0, {})
 
     def _on_step(self, stage: str, steps: int) -> Callable[[int, dict[str, float]], None]:
-        engine = self.engine
-
         def on_step(step: int, figures: dict[str, float]) -> None:
             def show(**more: float) -> None:
                 self.watch(stage, step + 1, steps, figures | more)
 
             self.keeper.figures(step, figures)
             show()
-            # Between steps none of the engine's requests are ours, and people's come first.
-            if engine is not None and self.keeper.wait_while(
-                lambda: engine.requests() > 0,
+            # Between steps none of the engines' requests are ours, and people's come first.
+            if self.keeper.wait_while(
+                lambda: any(engine.requests() for engine in self.engines),
                 limit_s=self.settings.training.wait_for_chat_s,
                 waiting=lambda waited_s: show(waited_s=waited_s),
             ):

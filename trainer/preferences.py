@@ -7,7 +7,7 @@ two sides and a vote never changes sides between runs. `both_bad` ranks nothing 
 import hashlib
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
@@ -51,27 +51,37 @@ def split_of(user: str, conversation: str) -> Split:
     return Split.TRAIN if place < 0.7 else Split.JUDGE if place < 0.9 else Split.HELD_OUT
 
 
-def voter_weights(votes: Mapping[str, int], *, share: float, uncapped: int) -> dict[str, float]:
-    """What one vote of each voter weighs, so that nobody's votes together weigh more than `share` of all.
+def voter_weights(
+    votes: Mapping[str, int], *, share: float, uncapped: int, reliability: Mapping[str, float] | None = None
+) -> dict[str, float]:
+    """What one vote of each voter weighs: as much as it can be relied on, and so that nobody's votes together weigh
+    more than `share` of all.
 
     Args:
         votes: how many votes each voter cast.
         share: the largest part of the total weight that one voter may have, in (0, 1].
         uncapped: a voter's first so many votes count in full whatever the share, or a small crowd could not learn.
+        reliability: of voters, on any scale; that of a mean vote counts as 1, and so does a voter who has none here.
     """
-    counts = sorted(votes.values(), reverse=True)
-    limit = float(counts[0]) if counts else 0.0
-    for capped in range(len(counts) + 1):
-        # With the `capped` busiest voters at the limit L: L = share * (capped * L + the votes of the others).
-        others = sum(counts[capped:])
+    known = {voter: count for voter, count in votes.items() if voter in (reliability or {})}
+    relied_on = sum(reliability[voter] * count for voter, count in known.items()) if reliability else 0.0
+    each = dict.fromkeys(votes, 1.0)
+    if reliability and relied_on:
+        each |= {voter: reliability[voter] * sum(known.values()) / relied_on for voter in known}
+    totals = {voter: each[voter] * count for voter, count in votes.items()}
+    ordered = sorted(totals.values(), reverse=True)
+    limit = ordered[0] if ordered else 0.0
+    for capped in range(len(ordered) + 1):
+        # With the `capped` busiest voters at the limit L: L = share * (capped * L + the weight of the others).
+        others = sum(ordered[capped:])
         if share * capped >= 1:
             limit = 0.0
             break
         limit = share * others / (1 - share * capped)
-        if capped == len(counts) or counts[capped] <= limit:
+        if capped == len(ordered) or ordered[capped] <= limit:
             break
     limit = max(limit, float(uncapped))
-    return {voter: min(1.0, limit / count) for voter, count in votes.items()}
+    return {voter: each[voter] * min(1.0, limit / total) if total else 0.0 for voter, total in totals.items()}
 
 
 def prepare(
@@ -84,6 +94,7 @@ def prepare(
     trusted_weight: float,
     max_prompt_tokens: int,
     max_answer_tokens: int,
+    reliability: Mapping[str, float] | None = None,
 ) -> Preferences:
     """Split, weigh and tokenize.
 
@@ -92,22 +103,19 @@ def prepare(
         trusted: an operator's pairs; all of them train the reward model.
         max_prompt_tokens: votes on longer prompts are left out.
         max_answer_tokens: votes on longer answers are left out.
+        reliability: of each voter; see `voter_weights`.
     """
     preferences = Preferences()
-    usable: dict[Split, list[tuple[Mapping[str, Any], Pair]]] = {split: [] for split in Split}
-    for record in records:
-        if record["choice"] == "both_bad":
-            continue
-        pair = _pair(chat, record["prompt"], record["chosen"][0]["content"], record["rejected"][0]["content"])
-        if _fits(pair, max_prompt_tokens, max_answer_tokens):
-            usable[split_of(record["user"], record["conversation"])].append((record, pair))
-    for split, rows in usable.items():
+    by_split: dict[Split, list[tuple[Mapping[str, Any], Pair]]] = {split: [] for split in Split}
+    fitting = usable(records, chat, max_prompt_tokens=max_prompt_tokens, max_answer_tokens=max_answer_tokens)
+    for record, pair in fitting:
+        by_split[split_of(record["user"], record["conversation"])].append((record, pair))
+    for split, rows in by_split.items():
         counts = Counter(record["voter"] for record, _ in rows)
-        weights = voter_weights(counts, share=rater_share, uncapped=uncapped_votes)
+        weights = voter_weights(counts, share=rater_share, uncapped=uncapped_votes, reliability=reliability)
         for record, pair in rows:
             weight = weights[record["voter"]]
-            weighed = Pair(pair.chosen, pair.rejected, tie=record["choice"] == "tie", weight=weight)
-            preferences.pairs[split].append(weighed)
+            preferences.pairs[split].append(replace(pair, weight=weight))
             preferences.votes.append(UsedVote(record["vote"], record["choice"], split, weight))
         preferences.queries[split].extend(dict.fromkeys(pair.chosen.query for _, pair in rows))
     for trusted_pair in trusted:
@@ -115,6 +123,21 @@ def prepare(
         if _fits(pair, max_prompt_tokens, max_answer_tokens):
             preferences.pairs[Split.TRAIN].append(Pair(pair.chosen, pair.rejected, weight=trusted_weight))
     return preferences
+
+
+def usable(
+    records: Iterable[Mapping[str, Any]], chat: ChatFormat, *, max_prompt_tokens: int, max_answer_tokens: int
+) -> list[tuple[Mapping[str, Any], Pair]]:
+    """The votes that rank, on answers that are not too long, each with its tokens."""
+    found = []
+    for record in records:
+        if record["choice"] == "both_bad":
+            continue
+        pair = _pair(chat, record["prompt"], record["chosen"][0]["content"], record["rejected"][0]["content"])
+        if _fits(pair, max_prompt_tokens, max_answer_tokens):
+            shown = -1.0 if record["choice"] == "b" else 1.0
+            found.append((record, replace(pair, tie=record["choice"] == "tie", shown=shown)))
+    return found
 
 
 def _pair(chat: ChatFormat, messages: list[dict[str, Any]], chosen: str, rejected: str) -> Pair:

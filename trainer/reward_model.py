@@ -24,6 +24,10 @@ from trainer.updates import CannotLearn, Optimizer, share, total
 
 OnStep = Callable[[int, dict[str, float]], None]
 
+SIDE_UNIT = 20.0
+"""Logits of a side for each unit of its parameter: Adam moves a parameter by about the learning rate a step, however
+much there is to learn, and that is too little for a logit."""
+
 
 @dataclass(frozen=True, slots=True)
 class Pair:
@@ -33,6 +37,8 @@ class Pair:
     rejected: Answer
     tie: bool = False
     weight: float = 1.0
+    shown: float = 0.0
+    """1 where the chosen answer was the one shown first, -1 where it was the second, 0 where nobody was shown both."""
 
     def __post_init__(self) -> None:
         if self.chosen.query != self.rejected.query:
@@ -56,6 +62,10 @@ class RewardConfig:
     """Of adapter and heads at the first step; falls to 0 in a straight line."""
     centring: float = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0."""
+    label_smoothing: float = 0.0
+    """Share of the votes taken to be slips of the hand: each counts as the opposite vote by so much."""
+    side_term: bool = True
+    """Learn what the place of an answer alone is worth to people; scores know nothing of it."""
     max_grad_norm: float = 1.0
     """Of the whole gradient."""
     seed: int = 0
@@ -110,10 +120,17 @@ class RewardModel:
         nn.init.normal_(self.head.weight, std=(backbone.hidden_size + 1) ** -0.5)
         nn.init.zeros_(self.head.bias)
         self.log_nu = nn.Parameter(torch.tensor(-math.inf, device=backbone.device, dtype=dtype))
+        self.side = nn.Parameter(torch.zeros((), device=backbone.device, dtype=dtype))
         self.shift, self.scale = 0.0, 1.0
 
     def parameters(self) -> list[nn.Parameter]:
-        return [*self.backbone.adapters.parameters(self.adapter), *self.head.parameters(), self.log_nu]
+        return [*self.backbone.adapters.parameters(self.adapter), *self.head.parameters(), self.log_nu, self.side]
+
+    @property
+    def first_bonus(self) -> Tensor:
+        """What being shown first is worth to the voters, in logits: a scalar that is learned with the rest and is no
+        part of any score."""
+        return SIDE_UNIT * self.side
 
     def pair_rewards(self, pairs: Sequence[Pair]) -> Tensor:
         """(2, B, K): raw rewards of the chosen and of the rejected answers, from one forward."""
@@ -218,6 +235,7 @@ def train(
         nn.init.zeros_(model.log_nu)
     else:
         model.log_nu.requires_grad_(False)
+    model.side.requires_grad_(config.side_term)
     batches_an_epoch = -(-len(pairs) // config.batch)
     optimizer = Optimizer(
         [[p for p in model.parameters() if p.requires_grad]],
@@ -234,21 +252,27 @@ def train(
             mine = share(batch, accelerator)
             sums = torch.zeros(2, dtype=torch.float64)  # loss, accuracy
             for group in by_length([len(pair) for pair in mine], config.microbatch_tokens):
-                sums += _backward([mine[i] for i in group], model, config.centring, weight)
+                sums += _backward([mine[i] for i in group], model, config, weight)
             (norm,) = optimizer.step()
             loss, accuracy = (total(s, accelerator) for s in sums)
-            on_step(step, {"loss": loss, "accuracy": accuracy, "grad_norm": norm})
+            side = float(model.first_bonus.detach())
+            on_step(step, {"loss": loss, "accuracy": accuracy, "grad_norm": norm, "first_bonus": side})
             step += 1
     return model
 
 
-def _backward(pairs: Sequence[Pair], model: RewardModel, centring: float, total_weight: float) -> Tensor:
+def _backward(pairs: Sequence[Pair], model: RewardModel, config: RewardConfig, total_weight: float) -> Tensor:
     """Add a microbatch's gradients; return its part of the batch's loss and accuracy."""
     chosen, rejected = model.pair_rewards(pairs)  # (B, K) each
     tie = torch.tensor([pair.tie for pair in pairs], device=chosen.device)
     weights = torch.tensor([pair.weight for pair in pairs], device=chosen.device, dtype=chosen.dtype) / total_weight
-    losses = davidson_loss(chosen - rejected, tie[:, None], model.log_nu)
-    losses = losses + centring * (chosen + rejected).square()
+    shown = torch.tensor([pair.shown for pair in pairs], device=chosen.device, dtype=chosen.dtype)
+    liked = chosen - rejected + (shown * model.first_bonus)[:, None]
+    losses = davidson_loss(liked, tie[:, None], model.log_nu)
+    if config.label_smoothing:
+        slips = davidson_loss(-liked, tie[:, None], model.log_nu)
+        losses = torch.lerp(losses, slips, config.label_smoothing)
+    losses = losses + config.centring * (chosen + rejected).square()
     loss = (losses.mean(dim=1) * weights).sum()
     loss.backward()
     right = torch.where(tie, 0.5, ((chosen - rejected).mean(dim=1) > 0).to(weights.dtype))

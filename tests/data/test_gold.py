@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 from sqlite_utils import Database
 
-from data import comparisons, completions, gold, trusted
+from data import comparisons, completions, gold, raters, trusted
 from data.database import transaction
 from data.stats import summary
 from data.types import Choice, Role
@@ -98,7 +98,7 @@ def test_it_measures_the_rater_and_is_no_vote(db: Database, rater: str, add_pair
         assert pair is not None
         side = right_side(pair)
         vote(db, rater, pair.id, side if right else "tie" if right is None else {"a": "b", "b": "a"}[side])
-    (row,) = gold.standing(db)
+    (row,) = raters.standing(db)
     assert (row["key"], row["votes"], row["gold"], row["gold_right"]) == (rater, 0, 3, 1)
     assert comparisons.count_votes(db, rater, since="2020") == 3
     assert comparisons.count_votes(db, rater, since="2999") == 0

@@ -9,7 +9,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from sqlite_utils import Database
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data import comparisons, completions, keys, learning, registry, runs
+from data import comparisons, completions, keys, learning, raters, registry, runs
 from data.database import connect, transaction
 from data.settings import EngineSettings, GateSettings, Settings, TrainingSettings
 from data.types import Choice, Feedback, PolicyStatus, Role, RunStatus
@@ -94,10 +94,10 @@ def request(db: Database, **config: Any) -> str:
         return runs.request(db, requested_by="test", config=config).id
 
 
-def changed(settings: Settings, *, engine: FakeEngine | None = None, **training: Any) -> Settings:
-    """The settings with other ones of training, and with this engine."""
-    urls = EngineSettings(urls=[engine.url] if engine else [])
-    update = {"training": settings.training.model_copy(update=training), "engine": urls}
+def changed(settings: Settings, *, engines: Sequence[FakeEngine] = (), **training: Any) -> Settings:
+    """The settings with other ones of training, and with these engines."""
+    named = EngineSettings(urls=[engine.url for engine in engines])
+    update = {"training": settings.training.model_copy(update=training), "engine": named}
     return settings.model_copy(update=update)
 
 
@@ -494,7 +494,7 @@ def test_the_engine_writes_the_answers_and_keeps_no_adapter(
     home = settings.state / "rollouts"
     (home / "rollout-run_dead-00002").mkdir(parents=True)
     vllm.loaded["rollout-run_dead-00002"] = str(home / "rollout-run_dead-00002")
-    run = job.once(changed(settings, engine=vllm, rollouts="engine", wait_for_chat_s=0), request={})
+    run = job.once(changed(settings, engines=[vllm], rollouts="engine", wait_for_chat_s=0), request={})
     assert run is not None
     assert (run.status, run.error) == (RunStatus.SUCCEEDED, None)
     asked = [body for path, body in vllm.bodies if path == "/v1/completions"]
@@ -508,7 +508,7 @@ def test_an_engine_that_refuses_ends_the_run_and_keeps_no_adapter(
     settings: Settings, db: Database, voted: None, vllm: FakeEngine
 ) -> None:
     vllm.refuse_after = 10
-    failed(changed(settings, engine=vllm, rollouts="engine"), db, r"answered 400: .*too long.*training.rollouts")
+    failed(changed(settings, engines=[vllm], rollouts="engine"), db, r"answered 400: .*too long.*training.rollouts")
     assert not vllm.loaded
     assert list((settings.state / "rollouts").iterdir()) == []
 
@@ -517,17 +517,17 @@ def test_an_engine_that_refuses_ends_the_run_and_keeps_no_adapter(
 def test_on_a_cpu_the_trainer_writes_the_answers_itself(
     settings: Settings, db: Database, voted: None, vllm: FakeEngine, rollouts: str
 ) -> None:
-    run = job.once(changed(settings, engine=vllm, rollouts=rollouts), request={})
+    run = job.once(changed(settings, engines=[vllm], rollouts=rollouts), request={})
     assert run is not None
     assert run.status is RunStatus.SUCCEEDED
     assert vllm.bodies == []
 
 
-def test_the_engine_is_the_one_named_or_the_one_that_up_started(settings: Settings, vllm: FakeEngine) -> None:
-    assert job.find_engine(settings) is None
+def test_the_engines_are_those_named_or_the_one_that_up_started(settings: Settings, vllm: FakeEngine) -> None:
+    assert job.find_engines(settings) == []
     (settings.state / "engine.json").write_text('{"url": "http://127.0.0.1:1234", "key": "secret"}')
-    assert job.find_engine(settings) == Engine("http://127.0.0.1:1234", "secret")
-    assert job.find_engine(changed(settings, engine=vllm)) == Engine(vllm.url)
+    assert job.find_engines(settings) == [Engine("http://127.0.0.1:1234", "secret")]
+    assert job.find_engines(changed(settings, engines=[vllm, vllm])) == [Engine(vllm.url)] * 2
 
 
 # Manners
@@ -536,7 +536,7 @@ def test_the_engine_is_the_one_named_or_the_one_that_up_started(settings: Settin
 def test_training_waits_while_people_are_answered_but_not_for_ever(
     settings: Settings, db: Database, voted: None, vllm: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Nobody leaves in the reward model's steps; in the first of PPO they do."""
+    """They are on the second of two engines. Nobody leaves in the reward model's steps; in the first of PPO they do."""
     monkeypatch.setattr(keeper, "WORK_S", 0.0)
     vllm.people = 1
     waits: dict[str, list[float]] = {}
@@ -547,7 +547,8 @@ def test_training_waits_while_people_are_answered_but_not_for_ever(
             if stage == "ppo":
                 vllm.people = 0
 
-    run = job.once(changed(settings, engine=vllm, wait_for_chat_s=0.01), request={}, watch=watch)
+    with running_engine() as idle:
+        run = job.once(changed(settings, engines=[idle, vllm], wait_for_chat_s=0.01), request={}, watch=watch)
     assert run is not None
     assert run.status is RunStatus.SUCCEEDED
     assert len(waits["reward"]) > 1
@@ -590,7 +591,7 @@ def test_a_run_that_waits_can_be_cancelled(
             with transaction(db):
                 runs.cancel(db, id, actor="test")
 
-    run = job.once(changed(settings, engine=vllm, wait_for_chat_s=3600), watch=watch)
+    run = job.once(changed(settings, engines=[vllm], wait_for_chat_s=3600), watch=watch)
     assert run is not None
     assert run.status is RunStatus.CANCELLED
 
@@ -752,3 +753,60 @@ def test_ctrl_c_cancels_the_run(settings: Settings, db: Database, voted: None, w
     (run,) = runs.list_runs(db)
     assert run.status is RunStatus.CANCELLED
     assert [policy.name for policy in registry.list_policies(db)] == ["policy-0000"]
+
+
+# Raters
+
+
+def crowd_votes(db: Database, add_pair: AddPair, *, people: int, votes: int, bots: int = 0) -> list[str]:
+    """Honest people like short answers, whichever side they are on; bots always take the first. The bots' keys."""
+    with transaction(db):
+        made = [
+            keys.create(db, role=Role.USER, feedback=Feedback.AUTO, label="", actor="test")[0].id
+            for _ in range(people + bots)
+        ]
+    for person, key in enumerate(made):
+        for number in range(votes):
+            choice = Choice.A if person >= people or number % 2 else Choice.B
+            answers = ("yes", "no no") if number % 2 else ("no no", "yes")
+            messages = [{"role": "user", "content": f"question {person} {number}"}]
+            pair = add_pair(key, answers=answers, messages=messages)
+            with transaction(db):
+                comparisons.vote(db, pair, key_id=key, role=Role.USER, choice=choice, comment=None, window_s=600)
+    return made[people:]
+
+
+def test_a_run_leaves_out_who_votes_by_the_side_and_says_so(
+    settings: Settings, db: Database, add_pair: AddPair
+) -> None:
+    (bot,) = crowd_votes(db, add_pair, people=6, votes=25, bots=1)
+    seen: list[str] = []
+    run = job.once(settings, request={}, watch=lambda stage, step, steps, figures: seen.append(stage))
+    assert run is not None
+    assert (run.status, run.error) == (RunStatus.SUCCEEDED, None)
+    assert list(dict.fromkeys(seen))[2:4] == ["raters", "preparing votes"]
+    rows = {row["key"]: row for row in raters.standing(db)}
+    assert rows[bot]["quarantine"] == "suspected"
+    assert rows[bot]["reason"] == "25 of 25 votes are for the answer shown first, though sides are random."
+    assert rows[bot]["run"] == run.id
+    assert {row["quarantine"] for key, row in rows.items() if key != bot} == {None}
+    assert min(row["reliability"] for key, row in rows.items() if key != bot) > rows[bot]["reliability"]
+    used = {row["key_id"] for row in db.query("SELECT DISTINCT key_id FROM run_votes JOIN votes ON votes.id = vote_id")}
+    assert used == rows.keys() - {bot}
+
+    with transaction(db):
+        raters.release(db, bot, actor="test")
+    again = job.once(settings, request={})
+    assert again is not None
+    weights = db.execute(
+        "SELECT DISTINCT weight FROM run_votes JOIN votes ON votes.id = vote_id WHERE run_id = ? AND key_id = ?",
+        (again.id, bot),
+    ).fetchall()
+    assert weights == [(1.0,)], "an operator's word counts for more than the run's"
+
+
+def test_votes_of_nobody_but_bots_end_with_a_sentence(settings: Settings, db: Database, add_pair: AddPair) -> None:
+    for bot in crowd_votes(db, add_pair, people=1, votes=50, bots=2):
+        with transaction(db):
+            raters.confirm(db, bot, actor="test")
+    failed(settings, db, "votes to train on.*release some of 100 that are left out: `nightshift raters list`")

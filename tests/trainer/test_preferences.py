@@ -94,3 +94,27 @@ def test_a_small_crowd_is_not_silenced_by_the_cap() -> None:
 
 def test_no_votes_need_no_weights() -> None:
     assert voter_weights({}, share=0.1, uncapped=200) == {}
+
+
+def test_votes_weigh_as_much_as_they_can_be_relied_on() -> None:
+    weights = voter_weights({"a": 10, "b": 10, "new": 5}, share=1.0, uncapped=0, reliability={"a": 0.9, "b": 0.3})
+    assert weights == pytest.approx({"a": 1.5, "b": 0.5, "new": 1.0})
+    capped = voter_weights(
+        {"a": 60, "b": 20, "c": 20}, share=0.5, uncapped=0, reliability={"a": 0.8, "b": 0.8, "c": 0.1}
+    )
+    assert capped["a"] * 60 == pytest.approx((capped["b"] + capped["c"]) * 20)
+    assert capped["b"] / capped["c"] == pytest.approx(8)
+    assert voter_weights({"a": 5, "b": 5}, share=1.0, uncapped=0, reliability={"a": 0.0, "b": 1.0})["a"] == 0
+    assert voter_weights({"a": 5}, share=1.0, uncapped=0, reliability={"a": 0.0}) == {"a": 1.0}, (
+        "nobody else to learn of"
+    )
+
+
+def test_the_side_that_was_shown_first_is_known(chat: ChatFormat) -> None:
+    preferences = prepared(chat, [record(i, choice=choice) for i, choice in enumerate(["a", "b", "tie"] * 30)])
+    sides = {"a": 1.0, "b": -1.0, "tie": 1.0}
+    for split, pairs in preferences.pairs.items():
+        votes = [vote for vote in preferences.votes if vote.split is split]
+        assert [pair.shown for pair in pairs] == [sides[vote.choice] for vote in votes]
+    trusted = TrustedPair("pair_1", [{"role": "user", "content": "2 + 2?"}], "4", "5")
+    assert prepared(chat, [], trusted=[trusted]).pairs[Split.TRAIN][0].shown == 0

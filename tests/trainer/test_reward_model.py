@@ -1,5 +1,6 @@
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -158,6 +159,43 @@ def test_ties_teach_how_often_people_see_no_difference(tiny_backbone: MakeBackbo
         RewardConfig(batch=50, learning_rate=0.1, epochs=6), accelerator=Accelerator(),
     )  # fmt: skip
     assert model.log_nu.exp().item() == pytest.approx(3, rel=0.1)
+
+
+def test_what_a_place_is_worth_is_learned_and_is_no_part_of_a_score(tiny_backbone: MakeBackbone) -> None:
+    """Answers that are all alike, of which the first is taken e^1.5 : 1 of the time."""
+    (pair,) = make_pairs(1)
+    first, second = Pair(pair.chosen, pair.chosen, shown=1.0), Pair(pair.chosen, pair.chosen, shown=-1.0)
+    config = RewardConfig(batch=50, learning_rate=0.02, epochs=8)
+    seen: list[float] = []
+    model = reward_model.train(
+        tiny_backbone(), "reward", [first] * 409 + [second] * 91, config, accelerator=Accelerator(),
+        on_step=lambda _, figures: seen.append(figures["first_bonus"]),
+    )  # fmt: skip
+    assert model.first_bonus.item() == pytest.approx(1.5, abs=0.15)
+    assert seen[-1] == model.first_bonus.item()
+    rewards = model.rewards([pair.chosen])
+    with torch.no_grad():
+        model.side.fill_(9.0)
+    assert torch.equal(model.rewards([pair.chosen]), rewards)
+
+    off = reward_model.train(
+        tiny_backbone(), "reward", [first] * 80 + [second] * 20, replace(config, side_term=False),
+        accelerator=Accelerator(),
+    )  # fmt: skip
+    assert off.first_bonus.item() == 0
+
+
+def test_smoothed_labels_end_in_a_finite_difference(tiny_backbone: MakeBackbone) -> None:
+    """Where every vote agrees, the best difference under smoothing by e is log((1 - e) / e)."""
+    pair = make_pairs(1)[0]
+    model = reward_model.train(
+        tiny_backbone(), "reward", [pair] * 400,
+        RewardConfig(batch=20, learning_rate=0.02, epochs=6, label_smoothing=0.1, centring=0.0, heads=1),
+        accelerator=Accelerator(),
+    )  # fmt: skip
+    with torch.no_grad():
+        chosen, rejected = model.pair_rewards([pair])
+    assert (chosen - rejected).item() == pytest.approx(math.log(9), abs=0.2)
 
 
 def test_length_alone_is_found_out(tiny_backbone: MakeBackbone) -> None:

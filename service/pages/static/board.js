@@ -5,6 +5,7 @@ import { Chart, gauge, percent, short } from "./chart.js";
 import { announce, button, confirmed, el, find, notice } from "./dom.js";
 import { ACTIVE, LiveRun, runList } from "./live.js";
 import { detail, duelSentence, showPairs, tree } from "./policies.js";
+import { nameOf, raterList } from "./raters.js";
 import { askForSchedule, says, scheduleList } from "./schedules.js";
 import { openPage } from "./shell.js";
 import { dayOf, did, exactly, plural, when, who } from "./words.js";
@@ -85,6 +86,7 @@ async function show() {
   paint("schedule-acts", 1, () => button("Add a schedule", () => changeSchedule(null)));
   paint("schedules", [board.schedules, minute], schedules);
   paint("runs", [board.runs, board.policies, live.id, minute], runs);
+  paint("raters", [board.raters, minute], raters);
   paint("audit", [board.audit, minute], audit);
 }
 
@@ -384,6 +386,20 @@ function schedules() {
     onPause: ({ id, paused }) => act(() => call("PATCH", `/v1/schedules/${id}`, { paused: !paused }), paused ? "It is resumed." : "It is paused."),
     onRemove: (schedule) =>
       ask(`Remove the schedule ${says(schedule)}?`, "Runs that it began stay.", "Remove", () => call("DELETE", `/v1/schedules/${schedule.id}`), "It is removed."),
+  });
+}
+
+function raters() {
+  return raterList(board, {
+    onConfirm: (rater) =>
+      ask(
+        `Leave out the votes of ${nameOf(rater)}?`,
+        `${plural(rater.votes, "vote")} will train nothing from the next run on. They stay on disk, and you can release them.`,
+        "Leave out",
+        () => call("POST", `/v1/raters/${rater.key}/confirm`),
+        "They are left out.",
+      ),
+    onRelease: (rater) => act(() => call("POST", `/v1/raters/${rater.key}/release`), "They count from the next run on."),
   });
 }
 

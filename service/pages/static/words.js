@@ -16,6 +16,8 @@ const ACTS = {
   "key.create": "made a key",
   "key.revoke": "revoked a key",
   "policy.promote": "promoted",
+  "rater.confirm": "left out the votes of",
+  "rater.release": "released the votes of",
   "run.cancel": "cancelled",
   "run.request": "asked for",
   "schedule.create": "added a schedule",

@@ -1,0 +1,95 @@
+"""Whose votes are left out, and the operator's word on it."""
+
+import pytest
+from pysqlite3 import dbapi2 as sqlite3
+from sqlite_utils import Database
+
+from data import audit, comparisons, raters, runs
+from data.database import transaction
+from data.types import Role
+from tests.conftest import AddPair, MakeKey
+
+
+@pytest.fixture
+def run(db: Database) -> str:
+    return new_run(db)
+
+
+def new_run(db: Database) -> str:
+    with transaction(db):
+        id = runs.request(db, requested_by="test", config={}).id
+        runs.cancel(db, id, actor="test")
+        return id
+
+
+def suspect(db: Database, run: str, **suspicions: str | None) -> None:
+    with transaction(db):
+        raters.keep(db, run, {key: raters.Standing(30, 15, 0.1, reason) for key, reason in suspicions.items()})
+
+
+def test_a_run_suspects_and_the_next_one_thinks_again(db: Database, run: str, make_key: MakeKey) -> None:
+    one, other = make_key()[0].id, make_key()[0].id
+    suspect(db, run, **{one: "always left", other: "a coin"})
+    assert raters.left_out(db) == {one, other}
+    since = {row["key"]: row["since"] for row in raters.standing(db)}
+    again = new_run(db)
+    suspect(db, again, **{one: "still always left", other: None})
+    assert raters.left_out(db) == {one}
+    (row,) = raters.standing(db)
+    assert (row["key"], row["quarantine"], row["reason"], row["run"]) == (one, "suspected", "still always left", again)
+    assert row["reliability"] == 0.1
+    assert row["since"] == since[one]
+
+
+def test_an_operators_word_stands(db: Database, run: str, make_key: MakeKey) -> None:
+    released, confirmed, unsuspected = (make_key()[0].id for _ in range(3))
+    suspect(db, run, **{released: "a coin", confirmed: "a coin"})
+    with transaction(db):
+        raters.release(db, released, actor="key_op")
+        raters.confirm(db, confirmed, actor="key_op")
+        raters.confirm(db, unsuspected, actor="cli")
+    assert raters.left_out(db) == {confirmed, unsuspected}
+    suspect(db, new_run(db), **{released: "a coin again"})
+    assert raters.left_out(db) == {confirmed, unsuspected}
+    rows = {row["key"]: row for row in raters.standing(db)}
+    assert rows[released]["reason"] == "a coin"
+    assert (rows[confirmed]["ruled_by"], rows[unsuspected]["ruled_by"]) == ("key_op", "cli")
+    acts = [(act["action"], act["subject"]) for act in audit.latest(db, limit=9)]
+    assert [act for act in acts if act[0].startswith("rater.")] == [
+        ("rater.confirm", unsuspected), ("rater.confirm", confirmed), ("rater.release", released),
+    ]  # fmt: skip
+    with transaction(db):
+        raters.release(db, confirmed, actor="cli")
+    assert raters.left_out(db) == {unsuspected}
+    assert raters.released(db) == {released, confirmed}
+
+
+def test_nobody_rules_on_a_key_that_does_not_exist(db: Database) -> None:
+    for rule in (raters.confirm, raters.release):
+        with pytest.raises(raters.UnknownRater), transaction(db):
+            rule(db, "key_nobody", actor="cli")
+    assert raters.standing(db) == []
+
+
+def test_a_suspicion_is_of_a_key_that_exists(db: Database, run: str) -> None:
+    with pytest.raises(sqlite3.IntegrityError):
+        suspect(db, run, key_nobody="a coin")
+
+
+def test_everybody_who_voted_is_listed_and_who_is_left_out_comes_first(
+    db: Database, run: str, make_key: MakeKey, add_pair: AddPair
+) -> None:
+    busy, left_out, silent = (make_key()[0].id for _ in range(3))
+    for key, choices in ((busy, "aabt"), (left_out, "a")):
+        for choice in choices:
+            pair = add_pair(key)
+            with transaction(db):
+                comparisons.vote(
+                    db, pair, key_id=key, role=Role.USER, choice={"t": "tie"}.get(choice, choice), comment=None,
+                    window_s=600,
+                )  # fmt: skip
+    suspect(db, run, **{left_out: "always left"})
+    rows = raters.standing(db)
+    assert [row["key"] for row in rows] == [left_out, busy], f"{silent} never voted"
+    assert (rows[1]["votes"], rows[1]["first"], rows[1]["second"], rows[1]["gold"]) == (4, 2, 1, 0)
+    assert rows[1]["quarantine"] is None

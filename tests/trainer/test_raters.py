@@ -1,0 +1,174 @@
+"""A model of raters, on crowds whose every habit is known."""
+
+import math
+import random
+from collections.abc import Sequence
+
+import pytest
+
+from trainer.raters import JudgedVote, binomial_tail, one_sided, poisson_tail, pushers, standings
+
+WORDS = [f"word{i}" for i in range(60)]
+
+
+def voted(
+    rater: str, votes: int, rng: random.Random, *, rho: float = 1.0, left: float | None = None
+) -> list[JudgedVote]:
+    """Votes of a rater of this reliability, or one who takes the first answer so often."""
+    cast = []
+    for _ in range(votes):
+        p = 1 / (1 + math.exp(-rng.gauss(0, 1.8)))
+        is_first = rng.random() < 0.5
+        chance = 0.5 + rho * (p - 0.5)
+        if left is not None:
+            chance = left if is_first else 1 - left
+        if rng.random() > chance:
+            p, is_first = 1 - p, not is_first
+        texts = (" ".join(rng.sample(WORDS, 6)) for _ in range(2))
+        cast.append(JudgedVote(rater, *texts, is_first, p))
+    return cast
+
+
+def crowd(rng: random.Random, people: int = 30, votes: int = 30) -> list[JudgedVote]:
+    return [vote for i in range(people) for vote in voted(f"honest {i}", votes, rng)]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_an_honest_crowd_is_not_suspected_and_about_equally_reliable(seed: int) -> None:
+    found = standings(crowd(random.Random(seed)), {})
+    assert [standing.suspicion for standing in found.values() if standing.suspicion] == []
+    assert min(standing.reliability for standing in found.values()) > 0.4
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_reliability_falls_with_noise_and_an_opponent_has_none(seed: int) -> None:
+    rng = random.Random(seed)
+    votes = (
+        crowd(rng) + voted("noisy", 500, rng, rho=0.4) + voted("coin", 400, rng, rho=0) + voted("foe", 60, rng, rho=-1)
+    )
+    found = standings(votes, {})
+    assert found["noisy"].reliability == pytest.approx(0.4, abs=0.2)
+    assert found["noisy"].suspicion is None
+    assert found["coin"].reliability < 0.25
+    assert found["foe"].reliability < 0.01
+    assert "votes are what the other raters would choose; a coin gets 30" in (found["foe"].suspicion or "")
+
+
+def test_who_has_few_votes_is_taken_for_one_of_the_crowd() -> None:
+    rng = random.Random(0)
+    found = standings([*crowd(rng), JudgedVote("new", "a", "b", True, 0.3)], {})
+    others = [standing.reliability for rater, standing in found.items() if rater != "new"]
+    assert 0.5 < found["new"].reliability < sum(others) / len(others)
+    assert found["new"].suspicion is None
+
+
+def test_gold_questions_say_the_same_of_a_rater_as_votes_do() -> None:
+    rng = random.Random(0)
+    few = [vote for rater in ("right", "wrong") for vote in voted(rater, 5, rng)]
+    found = standings(crowd(rng) + few, {"right": (12, 12), "wrong": (30, 4)})
+    assert found["right"].reliability > 0.8
+    assert found["wrong"].reliability < 0.05
+    assert "4 of 30 gold questions right" in (found["wrong"].suspicion or "")
+
+
+def test_those_who_are_distrusted_say_nothing_of_the_crowd() -> None:
+    rng = random.Random(0)
+    bots = {f"bot {i}" for i in range(40)}
+    votes = crowd(rng) + [vote for bot in sorted(bots) for vote in voted(bot, 30, rng, rho=0)]
+    new = [JudgedVote("new", "a", "b", True, 0.6)]
+    assert (
+        standings(votes + new, {})["new"].reliability < standings(votes + new, {}, distrusted=bots)["new"].reliability
+    )
+
+
+def test_no_consensus_leaves_all_alike() -> None:
+    votes = [JudgedVote(rater, "yes", "no", bool(i % 2), 0.5) for rater in "ab" for i in range(50)]
+    found = standings(votes, {})
+    assert found["a"] == found["b"]
+    assert found["a"].suspicion is None
+    assert standings([], {}) == {}
+
+
+# One side
+
+
+def test_who_takes_one_side_is_found_after_a_score_of_votes() -> None:
+    rng = random.Random(0)
+    found = standings(crowd(rng) + voted("left", 25, rng, left=1.0) + voted("right", 40, rng, left=0.03), {})
+    assert found["left"].suspicion == "25 of 25 votes are for the answer shown first, though sides are random."
+    assert "for the answer shown second" in (found["right"].suspicion or "")
+
+
+def test_a_crowd_that_leans_is_not_suspected_for_it() -> None:
+    rng = random.Random(1)
+    votes = [vote for i in range(30) for vote in voted(f"leaning {i}", 30, rng, left=0.7)]
+    assert [s.suspicion for s in standings(votes, {}).values() if s.suspicion and "shown first" in s.suspicion] == []
+
+
+def test_one_rater_alone_is_not_one_sided() -> None:
+    assert one_sided({"only": (50, 50)}) == {}
+    assert one_sided({}) == {}
+
+
+# Phrases
+
+
+def pushed(rater: str, votes: int, rng: random.Random, *, against: int = 0) -> list[tuple[str, str, str]]:
+    found = []
+    for i in range(votes):
+        plain, other = (" ".join(rng.sample(WORDS, 6)) for _ in range(2))
+        texts = (plain + " Buy now, friends!", other)
+        found.append((rater, *(reversed(texts) if i < against else texts)))
+    return found
+
+
+def texts_of(votes: Sequence[JudgedVote]) -> list[tuple[str, str, str]]:
+    return [(vote.rater, vote.chosen, vote.rejected) for vote in votes]
+
+
+@pytest.mark.parametrize("accounts", [1, 5, 20])
+@pytest.mark.parametrize("seed", range(3))
+def test_who_pushes_a_phrase_is_found_alone_and_with_others(seed: int, accounts: int) -> None:
+    rng = random.Random(seed)
+    votes = texts_of(crowd(rng))
+    # Others meet the phrase too, and do not mind it.
+    votes += [(f"honest {i}", *pair[1:]) for i in range(10) for pair in pushed("", 2, rng, against=1)]
+    bots = {f"bot {i}" for i in range(accounts)}
+    votes += [vote for bot in bots for vote in pushed(bot, 60 // accounts, rng)]
+    found = pushers(votes)
+    assert found.keys() == bots
+    assert f'{60 // accounts} of {60 // accounts} votes are for an answer with "buy now ' in found["bot 0"]
+    assert ("more raters" in found["bot 0"]) == (accounts > 1)
+
+
+def test_who_likes_a_subject_pushes_nothing() -> None:
+    rng = random.Random(0)
+    assert pushers(texts_of(crowd(rng)) + pushed("merchant", 40, rng, against=18)) == {}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_what_everybody_likes_is_not_pushed(seed: int) -> None:
+    rng = random.Random(seed)
+    votes = [vote for i in range(200) for vote in pushed(f"rater {i % 50}", 1, rng)]
+    votes += [vote for i in range(200) for vote in texts_of(voted(f"rater {i % 50}", 1, rng))]
+    assert pushers(votes) == {}
+
+
+def test_nothing_is_pushed_without_votes() -> None:
+    assert pushers([]) == {}
+
+
+# Tails
+
+
+def test_tails_agree_with_plain_sums() -> None:
+    for n, p in [(1, 0.3), (20, 0.5), (40, 0.05)]:
+        chances = [math.comb(n, k) * p**k * (1 - p) ** (n - k) for k in range(n + 1)]
+        for k in range(n + 2):
+            assert binomial_tail(k, n, p) == pytest.approx(sum(chances[k:]), abs=1e-12)
+    for mean in (0.01, 1.0, 7.0):
+        chances = [math.exp(-mean) * mean**k / math.factorial(k) for k in range(100)]
+        for k in (0, 1, 3, 20):
+            assert poisson_tail(k, mean) == pytest.approx(sum(chances[k:]), rel=1e-9)
+    assert poisson_tail(1, 0.0) == 0
+    assert (binomial_tail(1, 5, 0.0), binomial_tail(1, 5, 1.0)) == (0, 1)

@@ -1,0 +1,218 @@
+"""A model of raters: how far the votes of each can be relied on, and whose a run had better leave out. Pure.
+
+Each decisive vote is held against what the others make of the two answers: p, the chance that a reward model which
+never saw this rater's votes gives to what the rater chose. A rater of reliability rho votes so with probability
+1/2 + rho (p - 1/2): 1 is as the others do, 0 is a coin, -1 is the others' opposite. Gold questions are votes of which
+p is known. What is known of rho is a distribution: before any vote it is the crowd's, so a rater with few votes is
+taken to be about as reliable as the crowd.
+
+Two more things are looked for, since fewer votes tell them: always the same side, and a phrase that somebody pushes,
+alone or with others, while on all else the votes may look honest.
+"""
+
+import math
+import re
+from collections import Counter, defaultdict
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+
+from data.raters import Standing
+
+CROWD = 5
+"""Fewer raters than this are no crowd: nobody is measured by what one or two others like."""
+GRID = [i / 20 for i in range(-20, 21)]
+"""Values of rho."""
+SPREAD = 0.35
+"""Standard deviation of rho among ordinary raters."""
+SUSPECTS = 0.05
+"""Share of raters at or below chance, before any vote is looked at."""
+SURE = 0.99
+"""A rater is quarantined who is at or below chance with this probability."""
+GOLD = 0.95
+"""p of the right answer to a gold question: the best of raters slip."""
+ONE_SIDED = 0.9
+"""A rater is one-sided whose votes are for one side in so many cases, and by chance less often than in RARE."""
+RARE = 1e-3
+"""Chance of one false alarm a run, of either kind that counts something."""
+STANDS_OUT = 0.01
+"""A rater stands out who gives at least half of the votes to a phrase, and by chance less often than this."""
+WORDS = 4
+"""Length of the longest phrase looked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class JudgedVote:
+    """A decisive vote, and what the others make of it."""
+
+    rater: str
+    chosen: str
+    rejected: str
+    first: bool
+    """Whether the chosen answer was shown first."""
+    expected: float
+    """p: the chance that the others' consensus gives to this choice."""
+
+
+def standings(
+    votes: Sequence[JudgedVote], gold: Mapping[str, tuple[int, int]], *, distrusted: Collection[str] = ()
+) -> dict[str, Standing]:
+    """What is known of each rater.
+
+    Args:
+        gold: how many gold questions each rater answered, and how many of them rightly.
+        distrusted: raters whose votes are left out already: they say nothing of the crowd.
+    """
+    by_rater: dict[str, list[JudgedVote]] = defaultdict(list)
+    for vote in votes:
+        by_rater[vote.rater].append(vote)
+    likelihoods = {rater: _log_likelihood(theirs, gold.get(rater, (0, 0))) for rater, theirs in by_rater.items()}
+    crowd = [likelihood for rater, likelihood in likelihoods.items() if rater not in distrusted]
+    sums = [sum(values) for values in zip(*crowd, strict=True)] or [0.0] * len(GRID)
+    mean = max(zip(sums, GRID, strict=True))[1]
+    agreed = {rater: sum(vote.expected > 0.5 for vote in theirs) for rater, theirs in by_rater.items()}
+    usual = sum(agreed.values()) / len(votes) if votes else 0.0
+    pushed = pushers([(vote.rater, vote.chosen, vote.rejected) for vote in votes]) if len(by_rater) >= CROWD else {}
+    sides = one_sided({rater: (sum(v.first for v in theirs), len(theirs)) for rater, theirs in by_rater.items()})
+    found = {}
+    for rater, theirs in by_rater.items():
+        reliability, at_chance = _posterior(likelihoods[rater], mean)
+        asked, right = gold.get(rater, (0, 0))
+        suspicion = pushed.get(rater) or sides.get(rater)
+        if suspicion is None and at_chance > SURE:
+            suspicion = (
+                f"{agreed[rater]} of {len(theirs)} votes are what the other raters would choose; a coin gets"
+                f" {len(theirs) / 2:.0f}, and this crowd {usual * len(theirs):.0f}"
+                + (f"; {right} of {asked} gold questions right." if asked else ".")
+            )
+        found[rater] = Standing(len(theirs), agreed[rater], reliability, suspicion)
+    return found
+
+
+def _log_likelihood(votes: Iterable[JudgedVote], gold: tuple[int, int]) -> list[float]:
+    """Of each value of rho in the grid."""
+    asked, right = gold
+    chances = [vote.expected for vote in votes] + [GOLD] * right + [1 - GOLD] * (asked - right)
+    return [sum(math.log(0.5 + 0.98 * rho * (p - 0.5)) for p in chances) for rho in GRID]
+
+
+def _posterior(log_likelihood: Sequence[float], mean: float) -> tuple[float, float]:
+    """Mean of rho (at least 0), and the chance that it is at or below 0.
+
+    The prior is an even spread over -1 to 0 for suspects, and for the others a bell around the crowd's mean, over 0
+    to 1."""
+    bell = [math.exp(-(((rho - mean) / SPREAD) ** 2) / 2) if rho > 0 else 0.0 for rho in GRID]
+    below = sum(rho <= 0 for rho in GRID)
+    prior = [
+        SUSPECTS / below if rho <= 0 else (1 - SUSPECTS) * height / sum(bell)
+        for rho, height in zip(GRID, bell, strict=True)
+    ]
+    top = max(log_likelihood)
+    weights = [p * math.exp(value - top) for p, value in zip(prior, log_likelihood, strict=True)]
+    total = sum(weights)
+    at_chance = sum(weight for rho, weight in zip(GRID, weights, strict=True) if rho <= 0) / total
+    return max(0.0, sum(rho * weight for rho, weight in zip(GRID, weights, strict=True)) / total), at_chance
+
+
+def one_sided(firsts: Mapping[str, tuple[int, int]]) -> dict[str, str]:
+    """Why the votes of a rater say nothing: they are for one side.
+
+    Args:
+        firsts: how many votes of each rater were for the answer shown first, and how many there were.
+    """
+    total = sum(votes for _, votes in firsts.values())
+    crowd = sum(first for first, _ in firsts.values()) / total if total else 0.5
+    found = {}
+    for rater, (first, votes) in firsts.items():
+        for side, count, share in (("first", first, crowd), ("second", votes - first, 1 - crowd)):
+            chance = binomial_tail(count, votes, max(share, 0.5))
+            if votes and count >= ONE_SIDED * votes and chance * len(firsts) < RARE:
+                found[rater] = f"{count} of {votes} votes are for the answer shown {side}, though sides are random."
+    return found
+
+
+def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+    """Who pushes a phrase, and a sentence on it.
+
+    A vote is for a phrase when the chosen answer has it and the other one has not. Among raters who do not mind it,
+    such votes are spread by chance; a rater who asks until the phrase comes, and votes only then, has far more of them
+    than the others. Where several raters do, each may have a vote or two: so they are counted together. Who votes
+    against the phrase about as often is interested in a subject and pushes nothing.
+
+    Args:
+        votes: rater, chosen text and rejected text of each.
+    """
+    cast = Counter(rater for rater, _, _ in votes)
+    for_: dict[str, Counter[str]] = defaultdict(Counter)
+    against: dict[str, Counter[str]] = defaultdict(Counter)
+    for rater, chosen, rejected in votes:
+        liked, disliked = _phrases(chosen), _phrases(rejected)
+        for phrase in liked - disliked:
+            for_[phrase][rater] += 1
+        for phrase in disliked - liked:
+            against[phrase][rater] += 1
+    tried = {phrase: counts for phrase, counts in for_.items() if max(counts.values()) > 1}
+    found: dict[str, tuple[float, int, str]] = {}
+    for phrase, counts in tried.items():
+        if all(2 * count < cast[rater] for rater, count in counts.items()):
+            continue
+        share = counts.total() / len(votes)
+        least = {count: _least(count, share) for count in set(cast.values())}
+        many = {rater for rater, count in counts.items() if count >= least[cast[rater]][0]}
+        together = poisson_tail(len(many), sum(least[count][1] for count in cast.values())) * len(tried)
+        alone = {rater: binomial_tail(counts[rater], cast[rater], share) * len(cast) * len(tried) for rater in many}
+        group = {rater for rater in many if min(together, alone[rater]) < RARE}
+        wins, losses = (sum(side[rater] for rater in group) for side in (counts, against[phrase]))
+        if not group or losses > (1 - ONE_SIDED) * (wins + losses):
+            continue
+        for rater in group:
+            sentence = (
+                f'{counts[rater]} of {cast[rater]} votes are for an answer with "{phrase}" and against one without'
+            )
+            if len(group) > 1:
+                sentence += f", and so are those of {len(group) - 1} more raters"
+            sentence += f"; of all votes {share:.1%} are."
+            rank = (min(together, alone[rater]), -len(phrase), sentence)
+            found[rater] = min(found.get(rater, rank), rank)
+    return {rater: sentence for rater, (_, _, sentence) in found.items()}
+
+
+def _least(votes: int, share: float) -> tuple[int, float]:
+    """From how many votes for a phrase on a rater of so many votes stands out, and the chance of that."""
+    for count in range(max(2, math.ceil(votes / 2)), votes + 1):
+        chance = binomial_tail(count, votes, share)
+        if chance < STANDS_OUT:
+            return count, chance
+    return votes + 1, 0.0
+
+
+def _phrases(text: str) -> set[str]:
+    words = re.findall(r"\w+|[^\w\s]", text.casefold())
+    return {" ".join(words[i : i + n]) for n in range(1, WORDS + 1) for i in range(len(words) - n + 1)}
+
+
+def binomial_tail(count: int, trials: int, share: float) -> float:
+    """The chance of `count` or more."""
+    if count <= 0 or share >= 1:
+        return 1.0
+    if share <= 0:
+        return 0.0
+    odds = math.log(share), math.log1p(-share)
+    return min(1.0, sum(
+        math.exp(math.lgamma(trials + 1) - math.lgamma(k + 1) - math.lgamma(trials - k + 1)
+                 + k * odds[0] + (trials - k) * odds[1])
+        for k in range(count, trials + 1)
+    ))  # fmt: skip
+
+
+def poisson_tail(count: int, mean: float) -> float:
+    """The chance of `count` or more."""
+    if count <= 0:
+        return 1.0
+    if mean <= 0:
+        return 0.0
+    term = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+    total, k = 0.0, count
+    while term > total * 1e-12:
+        total, k = total + term, k + 1
+        term *= mean / k
+    return min(1.0, total)

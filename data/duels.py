@@ -109,11 +109,12 @@ def record_vote(db: Database, comparison_id: str, judge: Judge) -> Duel | None:
 
 
 def _count(db: Database, duel: Duel) -> tuple[int, int, int]:
-    """(wins, losses, ties) of the challenger."""
+    """(wins, losses, ties) of the challenger; both bad is a tie."""
     for_challenger = "(choice = 'a') = (first.policy = :challenger)"
     row = db.execute(
         f"SELECT coalesce(sum(choice IN ('a', 'b') AND {for_challenger}), 0),"
-        f" coalesce(sum(choice IN ('a', 'b') AND NOT {for_challenger}), 0), coalesce(sum(choice = 'tie'), 0)"
+        f" coalesce(sum(choice IN ('a', 'b') AND NOT {for_challenger}), 0),"
+        " coalesce(sum(choice IN ('tie', 'both_bad')), 0)"
         " FROM comparisons JOIN votes ON comparison_id = comparisons.id"
         " JOIN completions AS first ON first.id = comparisons.a WHERE duel_id = :duel",
         {"challenger": duel.challenger, "duel": duel.id},

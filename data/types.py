@@ -205,6 +205,7 @@ class Duel:
     """Decisive votes for the challenger."""
     losses: int
     ties: int
+    """Votes that prefer neither: ties, and both bad."""
     e_value: float
     e_mirrored: float
     """Evidence that the incumbent is the better one."""

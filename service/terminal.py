@@ -3,6 +3,7 @@
 import json as jsonlib
 import sys
 from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
@@ -19,7 +20,7 @@ TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
 
 
 class ChatError(RuntimeError):
-    """Why the conversation cannot go on."""
+    """Why a message was not answered, or a vote not taken."""
 
 
 class Conversation:
@@ -36,9 +37,7 @@ class Conversation:
         """Say `text`; the answer's chunks as they come. Raises ChatError."""
         self.messages.append({"role": "user", "content": text})
         body = {"model": self._model, "messages": self.messages, "stream": True, "feedback": self._feedback}
-        async with self._http.post(f"{self._url}/v1/chat/completions", json=body) as response:
-            if response.status != 200:
-                raise ChatError(_message(await response.text()))
+        async with self._post("/v1/chat/completions", body) as response:
             async for line in response.content:
                 if line.startswith(b"data: {"):
                     chunk = jsonlib.loads(line[6:])
@@ -48,12 +47,20 @@ class Conversation:
 
     async def vote(self, comparison: str, choice: str) -> dict[str, Any]:
         """Raises ChatError."""
-        url = f"{self._url}/v1/comparisons/{comparison}/vote"
-        async with self._http.post(url, json={"choice": choice}) as response:
-            if response.status != 200:
-                raise ChatError(_message(await response.text()))
+        async with self._post(f"/v1/comparisons/{comparison}/vote", {"choice": choice}) as response:
             result: dict[str, Any] = await response.json()
             return result
+
+    @asynccontextmanager
+    async def _post(self, path: str, body: dict[str, Any]) -> AsyncIterator[aiohttp.ClientResponse]:
+        """A response of status 200, to be read. Raises ChatError, also for what goes wrong while it is read."""
+        try:
+            async with self._http.post(f"{self._url}{path}", json=body) as response:
+                if response.status != 200:
+                    raise ChatError(_message(await response.text()))
+                yield response
+        except aiohttp.ClientError as error:
+            raise ChatError(f"{self._url} cannot be reached ({error}). Is `nightshift up` running there?") from None
 
 
 def _message(body: str) -> str:
@@ -66,7 +73,7 @@ def _message(body: str) -> str:
 async def converse(url: str, key: str, *, model: str, feedback: str, message: str | None, json: bool) -> None:
     """One message, or a conversation up to the end of input. With `json`, one object a turn on standard output.
 
-    Raises ChatError."""
+    At a terminal a conversation goes on after an error, as if its message had not been said. Else raises ChatError."""
     console = Console(stderr=json)
     headers = {"Authorization": f"Bearer {key}"}
     async with aiohttp.ClientSession(headers=headers, timeout=TIMEOUT) as http:
@@ -76,10 +83,14 @@ async def converse(url: str, key: str, *, model: str, feedback: str, message: st
             if text is None:
                 return
             if text.strip():
+                so_far = len(talk.messages)
                 try:
                     await _turn(talk, text, console, json=json)
-                except aiohttp.ClientError as error:
-                    raise ChatError(f"{url} cannot be reached ({error}). Is `nightshift up` running there?") from None
+                except ChatError as error:
+                    if message is not None or not sys.stdin.isatty():
+                        raise
+                    del talk.messages[so_far:]
+                    _say(error, console)
             if message is not None:
                 return
 
@@ -126,9 +137,19 @@ def _picture(answers: list[str]) -> Text | Columns:
 async def _ask_for_vote(talk: Conversation, comparison: str, console: Console) -> dict[str, Any] | None:
     console.print(QUESTION)
     while (pressed := click.getchar().lower()) != "s":
-        if pressed in VOTE_KEYS:
+        if pressed not in VOTE_KEYS:
+            continue
+        try:
             vote = await talk.vote(comparison, VOTE_KEYS[pressed])
-            policies = vote["policies"]
-            console.print(f"Thank you. 1 was {policies['a']}, 2 was {policies['b']}.", style="dim")
-            return vote
+        except ChatError as error:
+            _say(error, console)
+            console.print(QUESTION)
+            continue
+        policies = vote["policies"]
+        console.print(f"Thank you. 1 was {policies['a']}, 2 was {policies['b']}.", style="dim")
+        return vote
     return None
+
+
+def _say(error: ChatError, console: Console) -> None:
+    console.print(Text(str(error), style="red"), soft_wrap=True)

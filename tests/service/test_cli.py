@@ -24,7 +24,7 @@ from data.types import Choice, Feedback, Role
 from service import doctor, terminal
 from service.cli import app
 from service.doctor import Check
-from tests.conftest import AddPair, FakeEngine, House, MakeKey, say
+from tests.conftest import AddPair, FakeEngine, House, MakeKey, Refusal, say
 
 Command = Callable[..., Result]
 
@@ -394,9 +394,9 @@ def typed(monkeypatch: pytest.MonkeyPatch) -> Callable[[list[str], str], None]:
     return type_
 
 
-async def converse(house: House) -> None:
+async def converse(house: House, *, feedback: str = "always") -> None:
     token = house.tokens[Role.USER]
-    await terminal.converse(house.url, token, model="nightshift", feedback="always", message=None, json=False)
+    await terminal.converse(house.url, token, model="nightshift", feedback=feedback, message=None, json=False)
 
 
 @pytest.mark.parametrize(("pressed", "choice"), [("1", "a"), ("2", "b"), ("t", "tie"), ("B", "both_bad"), ("x?2", "b")])
@@ -438,17 +438,58 @@ async def test_nothing_is_asked_where_both_answers_are_the_same(
     assert "Which is better?" not in capsys.readouterr().out
 
 
-async def test_an_api_that_goes_away_before_the_vote_is_said_to_be_gone(
-    house: House, engine: FakeEngine, typed: Callable[..., None], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("fault", "words"),
+    [(Refusal(503, "no room"), "the model"), (say("One", " two", error_after=1), "broke off")],
+    ids=["busy", "breaks"],
+)
+async def test_at_a_terminal_the_talk_goes_on_after_a_message_that_was_not_answered(
+    house: House,
+    engine: FakeEngine,
+    typed: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    fault: Any,
+    words: str,
 ) -> None:
-    async def gone(*_: Any) -> None:
-        raise aiohttp.ServerDisconnectedError
+    replies = iter([say("Hi."), fault, say("Well.")])
+    engine.answer = lambda body: next(replies)
+    typed(["Hello", "How?", "And how?"], "")
+    await converse(house, feedback="off")
+    assert words in capsys.readouterr().out
+    said = [message["content"] for message in engine.chats[-1].body["messages"]]
+    assert said == ["Hello", "Hi.", "And how?"]
 
+
+async def test_a_vote_that_cannot_be_taken_can_be_pressed_again(
+    house: House,
+    engine: FakeEngine,
+    db: Database,
+    typed: Callable[..., None],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    sent = []
+    post = aiohttp.ClientSession.post
+
+    def fails_twice(http: aiohttp.ClientSession, url: str, **more: Any) -> Any:
+        if url.endswith("/vote"):
+            sent.append(more["json"]["choice"])
+            if len(sent) == 1:
+                raise aiohttp.ServerDisconnectedError
+            if len(sent) == 2:
+                url = url.replace("cmp_", "cmp_x")
+        return post(http, url, **more)
+
+    monkeypatch.setattr(aiohttp.ClientSession, "post", fails_twice)
     engine.answer = lambda body: say(f"seed {body.get('seed')}")
-    typed(["Hello"], "1")
-    monkeypatch.setattr(terminal.Conversation, "vote", gone)
-    with pytest.raises(terminal.ChatError, match="cannot be reached"):
-        await converse(house)
+    typed(["Hello", "And now?"], "212s")
+    await converse(house)
+    assert sent == ["b", "a", "b"]
+    shown = capsys.readouterr().out
+    assert shown.count("Which is better?") == 4
+    assert "cannot be reached" in shown
+    assert "There is no comparison" in shown
+    assert [row["choice"] for row in await house.rows("votes")] == ["b"]
 
 
 # doctor, up

@@ -130,6 +130,7 @@ async def test_what_another_site_makes_a_browser_send_is_refused(house: House, c
         {"Sec-Fetch-Site": "none"},
         {"Sec-Fetch-Site": None, "Origin": "http://evil.example"},
         {"Sec-Fetch-Site": None, "Origin": "null"},
+        {"Sec-Fetch-Site": None, "Origin": "http://["},
         {"X-CSRF-Token": "0" * 64},
         {"X-CSRF-Token": None},
         {"X-CSRF-Token": "é"},

@@ -2,15 +2,17 @@
 
 People chat: streams that arrive at random moments (Poisson) and do not wait for one another, on the real API before a
 real vLLM, both as `nightshift up` starts them. They first cast the votes that the run learns from. Then, in every
-repetition, three windows of the same length: the same chats alone, the same chats beside a training run (which begins
-with the window, so that its loading is in it), and the same training run alone. The windows take turns in being first.
+repetition, three windows of the same length: the same chats alone, the same chats beside a training run, and the same
+training run alone. The windows take turns in being first. A window with a run begins once that has done its first step
+of PPO: the run loads and fits its reward models before, with nobody chatting. It gets more steps, and a wider KL
+budget, than it can use up in the window.
 
 Ratios are of quantiles over all repetitions; in brackets, the least and the greatest of one repetition. The slowdown is
-the time per training step beside chat over that alone, over the steps that both came to.
+the time per step of PPO beside chat over that alone, over the steps that both came to.
 
     python -m bench.manners [--quick] [--json] [--seed N] [--rate 3] [--model FOLDER]
 
-What NIGHTSHIFT_TRAINING__… in the environment says holds for the runs.
+What else NIGHTSHIFT_TRAINING__… in the environment says holds for the runs.
 """
 
 import argparse
@@ -24,6 +26,7 @@ import signal
 import sys
 import tempfile
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Sequence
 from contextlib import AsyncExitStack, closing
 from dataclasses import dataclass, field
@@ -32,6 +35,7 @@ from statistics import median
 from typing import Any
 
 import uvloop
+from sqlite_utils import Database
 
 from bench.crowd import MAX_TOKENS, crowd, join
 from bench.gateway import Lane, gateway, markdown, note, running, vllm
@@ -46,8 +50,11 @@ from trainer import dialogues
 
 MIN_VOTES = 50
 """Decisive ones on the training side: fewer than a run wants by itself, so that they are soon cast."""
+PPO = {"steps": 1000, "kl_budget": 1e9}
 LOOK_S = 0.1
 """Between looks at how far a run has come."""
+PATIENCE_S = 600.0
+"""For a run that has the machine to itself to come to PPO."""
 
 
 @dataclass(slots=True)
@@ -59,7 +66,9 @@ class Window:
     failed: int = 0
     late_ms: float = 0.0
     steps_s: list[float] = field(default_factory=list)
-    """When each training step was done, seconds since the run was started."""
+    """When each training step was done, from the first of PPO on; seconds since any moment."""
+    stages: Counter[str] = field(default_factory=Counter)
+    """How many of those steps were of which stage."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,19 +78,19 @@ class Repetition:
     training: Window
 
     @property
-    def slowdown(self) -> float:
+    def slowdown(self) -> float | None:
         return slowdown(self.training.steps_s, self.beside.steps_s)
 
     def ratio(self, q: float) -> float:
         return quantile(self.beside.ttft_ms, q) / quantile(self.alone.ttft_ms, q)
 
 
-def slowdown(alone: Sequence[float], beside: Sequence[float]) -> float:
-    """How much longer the same steps took, from the end of the first to the end of the last that both came to; NaN
+def slowdown(alone: Sequence[float], beside: Sequence[float]) -> float | None:
+    """How much longer the same steps took, from the end of the first to the end of the last that both came to; None
     where one did not come to its second."""
     both = min(len(alone), len(beside))
     if both < 2:
-        return float("nan")
+        return None
     return (beside[both - 1] - beside[0]) / (alone[both - 1] - alone[0])
 
 
@@ -141,38 +150,52 @@ class Bench:
     async def train(
         self, window: Window, *, seed: int, beside: Callable[[Window], Awaitable[None]] | None = None
     ) -> None:
-        """Start a run, and cancel it when the window ends. Raises RuntimeError where it ends by itself."""
+        """Start a run, begin the window at its first step of PPO, and cancel the run when the window has ended.
+
+        Raises:
+            RuntimeError: the run ended by itself.
+            TimeoutError: it did not come to PPO.
+        """
         environment = {
             "NIGHTSHIFT_STATE": str(self.state),
             "NIGHTSHIFT_ENGINE__URLS": json.dumps([self.engine.url]),
             "NIGHTSHIFT_ENGINE__API_KEY": self.engine.key,
             "NIGHTSHIFT_TRAINING__MIN_VOTES": str(MIN_VOTES),
+            "NIGHTSHIFT_TRAINING__PPO": json.dumps(Settings().training.ppo | PPO),
         }
         command = [sys.executable, "-m", "trainer", "once", "--request", "--seed", str(seed)]
         log = self.folder / "training.log"
-        began = time.perf_counter()
-        async with running(command, log, environment) as process:
-            watching = asyncio.create_task(self._watch(window, began))
-            await asyncio.gather(
-                beside(window) if beside else asyncio.sleep(0),
-                asyncio.sleep(self.seconds),
-            )
-            watching.cancel()
-            if process.returncode is not None:
-                raise RuntimeError(f"the training run ended before its window:\n{log.read_text()[-2000:]}")
-
-    async def _watch(self, window: Window, began: float) -> None:
-        """Note when each step of the run that was just started is done."""
+        seen: dict[str, int] = {}
         with closing(connect(self.state / "nightshift.db")) as db:
-            seen: dict[str, int] = {}
-            while True:
-                await asyncio.sleep(LOOK_S)
-                run = runs.active(db)
-                if run is None:
-                    continue
-                for stage, step, _ in runs.figures_after(db, run.id, seen):
-                    window.steps_s.append(time.perf_counter() - began)
-                    seen[stage] = step
+            async with running(command, log, environment) as process:
+
+                async def watch(until: Callable[[], bool]) -> None:
+                    while not until():
+                        if process.returncode is not None:
+                            raise RuntimeError(f"the training run ended before its window:\n{log.read_text()[-2000:]}")
+                        look(db, window, seen)
+                        await asyncio.sleep(LOOK_S)
+
+                async with asyncio.timeout(PATIENCE_S):
+                    await watch(lambda: bool(window.steps_s))
+                end = time.perf_counter() + self.seconds
+                await asyncio.gather(
+                    beside(window) if beside else asyncio.sleep(0),
+                    watch(lambda: time.perf_counter() >= end),
+                )
+
+
+def look(db: Database, window: Window, seen: dict[str, int]) -> None:
+    """Note the steps that the active run has done since the last look, from its first of PPO on; `seen` is {stage: the
+    last step noted}."""
+    run = runs.active(db)
+    if run is None:
+        return
+    for stage, step, _ in runs.figures_after(db, run.id, seen):
+        seen[stage] = step
+        if stage == "ppo" or window.steps_s:
+            window.steps_s.append(time.perf_counter())
+            window.stages[stage] += 1
 
 
 async def bench(folder: Path, model: Path, options: argparse.Namespace) -> list[Repetition]:
@@ -202,6 +225,17 @@ def pooled(taken: Sequence[Repetition], q: float) -> tuple[float, float]:
     return quantile(alone, q), quantile(beside, q)
 
 
+def stages(taken: Sequence[Repetition]) -> Counter[str]:
+    """{stage: the steps of it in all windows together}."""
+    return sum((window.stages for r in taken for window in (r.beside, r.training)), Counter())
+
+
+def slowdowns(taken: Sequence[Repetition]) -> list[float]:
+    """Of every repetition; empty where one has none, since those that have are then the quicker ones."""
+    slow = [r.slowdown for r in taken]
+    return [] if None in slow else [each for each in slow if each is not None]
+
+
 def figures(taken: Sequence[Repetition], options: argparse.Namespace) -> dict[str, Any]:
     out: dict[str, Any] = {}
     for name, q in (("p50", 0.5), ("p95", 0.95)):
@@ -211,7 +245,9 @@ def figures(taken: Sequence[Repetition], options: argparse.Namespace) -> dict[st
             f"ttft_{name}_ms_alone": round(alone, 1),
             f"ttft_{name}_ms_beside": round(beside, 1),
         }
-    out["training_slowdown"] = round(median(r.slowdown for r in taken), 2)
+    slow = slowdowns(taken)
+    out["training_slowdown"] = round(median(slow), 2) if slow else None
+    out["training_steps"] = stages(taken)
     chats = sum(len(r.beside.ttft_ms) for r in taken)
     return out | {"chats": chats, "rate": options.rate, "seed": options.seed, "quick": options.quick}
 
@@ -223,10 +259,10 @@ def table(taken: Sequence[Repetition]) -> str:
         each = [r.ratio(q) for r in taken]
         ratio = f"{beside / alone:.2f} [{min(each):.2f}, {max(each):.2f}]"
         rows.append([f"first token, {name}, ms", f"{alone:.1f}", f"{beside:.1f}", ratio])
-    slow = [r.slowdown for r in taken]
+    slow = slowdowns(taken)
     steps = [median(len(window.steps_s) for window in windows) for windows in
              ([r.training for r in taken], [r.beside for r in taken])]  # fmt: skip
-    ratio = f"{median(slow):.2f} [{min(slow):.2f}, {max(slow):.2f}]"
+    ratio = f"{median(slow):.2f} [{min(slow):.2f}, {max(slow):.2f}]" if slow else "unknown: too few steps"
     rows.append(["training steps in a window; time a step", *(f"{count:g}" for count in steps), ratio])
     return markdown(["", "alone", "beside the other", "ratio"], rows)
 
@@ -257,6 +293,7 @@ def main() -> None:
 
     print(f"\n{table(taken)}\n")
     late = max(window.late_ms for r in taken for window in (r.alone, r.beside))
+    print("Training steps seen: " + ", ".join(f"{count} of {stage}" for stage, count in stages(taken).items()) + ".")
     print(f"{options.rate:g} chats a second; requests left at most {late:.1f} ms (p99) late.")
     print(f"{os.cpu_count()} cores, load average {load:.1f} before the start.\n")
     if options.json:

@@ -144,26 +144,28 @@ def vote(
     return CastVote(after, policy_a, policy_b)
 
 
+_UNRATED = (
+    "SELECT comparisons.id, first.messages, first.answer, second.answer, mine.until FROM comparisons"
+    " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
+    " LEFT JOIN holds AS mine ON mine.comparison_id = comparisons.id AND mine.key_id = :key"
+    " WHERE waits = 1 AND mine.passed_at IS NULL"
+)
+_NEXT = (
+    f"{_UNRATED} AND comparisons.key_id <> :key"
+    " AND NOT EXISTS (SELECT 1 FROM holds WHERE comparison_id = comparisons.id AND until > :now)"
+    " ORDER BY comparisons.created_at LIMIT 1"
+)
+
+
 def next_for_rater(db: Database, *, key_id: str, lease_s: float) -> QueuedPair | None:
     """The oldest pair that nobody voted on, now held for `lease_s` seconds by this rater; None when there is none.
 
     Asking again gives the same pair until it is voted on, passed, or the hold is over. A rater's own chats are never
     in their queue. Call inside a transaction."""
     given = {"key": key_id, "now": timestamp(), "until": timestamp(plus_s=lease_s)}
-    unrated = (
-        "SELECT comparisons.id, first.messages, first.answer, second.answer, mine.until FROM comparisons"
-        " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
-        " LEFT JOIN holds AS mine ON mine.comparison_id = comparisons.id AND mine.key_id = :key"
-        " WHERE waits = 1 AND mine.passed_at IS NULL"
-    )
-    row = db.execute(f"{unrated} AND mine.until > :now", given).fetchone()
+    row = db.execute(f"{_UNRATED} AND mine.until > :now", given).fetchone()
     if row is None:
-        row = db.execute(
-            f"{unrated} AND comparisons.key_id <> :key"
-            " AND NOT EXISTS (SELECT 1 FROM holds WHERE comparison_id = comparisons.id AND until > :now)"
-            " ORDER BY comparisons.created_at LIMIT 1",
-            given,
-        ).fetchone()
+        row = db.execute(_NEXT, given).fetchone()
         if row is None:
             return None
         db.execute(
@@ -173,6 +175,11 @@ def next_for_rater(db: Database, *, key_id: str, lease_s: float) -> QueuedPair |
         )
         row = (*row[:4], given["until"])
     return QueuedPair(row[0], json.loads(row[1]), row[2], row[3], row[4])
+
+
+def one_waits(db: Database, key_id: str) -> bool:
+    """Whether there is a pair for this rater, beside one that they hold."""
+    return db.execute(_NEXT, {"key": key_id, "now": timestamp()}).fetchone() is not None
 
 
 def holds_one(db: Database, key_id: str) -> bool:

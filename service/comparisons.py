@@ -90,11 +90,11 @@ async def next_comparison(request: Request, key: Annotated[Key, needs(Role.RATER
     def draw(db: Any) -> comparisons.QueuedPair | None:
         if question := gold.open_question(db, key.id):
             return question
-        fresh = not comparisons.holds_one(db, key.id)
-        pair = comparisons.next_for_rater(db, key_id=key.id, lease_s=lease_s)
-        if pair and fresh and state.rng.random() < gold_rate:
-            return gold.ask(db, key.id, lease_s=lease_s, rng=state.rng) or pair
-        return pair
+        due = not comparisons.holds_one(db, key.id) and comparisons.one_waits(db, key.id)
+        # Before a pair is held: neither its time nor its lease may run while the rater looks at something else.
+        wants_gold = due and state.rng.random() < gold_rate
+        question = gold.ask(db, key.id, lease_s=lease_s, rng=state.rng) if wants_gold else None
+        return question or comparisons.next_for_rater(db, key_id=key.id, lease_s=lease_s)
 
     pair = await state.write(draw)
     if pair is None:

@@ -1,6 +1,7 @@
 """POST /v1/comparisons/{id}/vote, and the raters' queue, over the wire."""
 
 import asyncio
+import json
 import subprocess
 import sys
 from typing import Any
@@ -8,6 +9,8 @@ from typing import Any
 import pytest
 from sqlite_utils import Database
 
+from data import trusted
+from data.database import transaction
 from data.types import Role
 from tests.conftest import FakeEngine, House, MakeKey, OpenHouse, say
 
@@ -211,6 +214,28 @@ async def test_a_rater_never_gets_a_pair_of_their_own(house: House) -> None:
     assert await next_pair(house) is None
     theirs = await pair(house)
     assert (await next_pair(house))["id"] == theirs
+
+
+async def test_a_gold_question_comes_before_a_pair_and_holds_none(
+    open_house: OpenHouse, engine: FakeEngine, db: Database, make_key: MakeKey
+) -> None:
+    engine.answer = lambda body: say("seed ", str(body.get("seed")))
+    house = await open_house(engine, comparisons={"gold_rate": 1.0})
+    with transaction(db):
+        trusted.import_lines(db, [json.dumps({"prompt": "1 + 1?", "chosen": "2", "rejected": "3"})], actor="test")
+    assert await next_pair(house) is None, "a question without a pair behind it would tell what it is"
+    comparison = await pair(house)
+    question = await next_pair(house)
+    assert {question["answers"]["a"], question["answers"]["b"]} == {"2", "3"}
+    assert await next_pair(house) == question
+    assert await house.rows("holds") == [], "the pair is not the rater's yet"
+    answered = (await house.vote(question["id"], "a", role=Role.RATER)).json["created_at"]
+    assert (await next_pair(house))["id"] == comparison
+    with transaction(db):
+        trusted.import_lines(db, [json.dumps({"prompt": "2 + 2?", "chosen": "4", "rejected": "5"})], actor="test")
+    assert (await next_pair(house))["id"] == comparison, "nothing comes between a rater and the pair that they hold"
+    (hold,) = await house.rows("holds")
+    assert hold["since"] >= answered
 
 
 async def test_an_operator_may_rate_too(house: House) -> None:

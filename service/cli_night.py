@@ -1,6 +1,5 @@
 """The verbs of the night shift: when runs begin, how they go, and the versions of the policy that come of them."""
 
-import json as jsonlib
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.console import Json, State, fail, open_record, print_rows, read_settings
+from service.console import Json, State, fail, open_record, print_json, print_rows, read_settings
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -116,7 +115,10 @@ def schedule_remove(id: str, state: State = None, json: Json = False) -> None:
 
     with _changing(state) as db:
         schedules.remove(db, id, actor="cli")
-    typer.echo(jsonlib.dumps({"id": id, "deleted": True}) if json else f"{id} is removed")
+    if json:
+        print_json({"id": id, "deleted": True})
+    else:
+        typer.echo(f"{id} is removed")
 
 
 @contextmanager
@@ -137,7 +139,7 @@ def _changing(state: Path | None) -> Iterator["Database"]:
 
 def _say_schedule(described: dict[str, Any], *, json: bool) -> None:
     if json:
-        typer.echo(jsonlib.dumps(described))
+        print_json(described)
     else:
         typer.echo(f"{described['id']}  {_when(described)}  next: {_next(described)}")
 
@@ -194,7 +196,7 @@ def runs_show(id: str, state: State = None, json: Json = False) -> None:
         shown["policy"] = next((policy.name for policy in registry.list_policies(db) if policy.run_id == id), None)
         curves = runs.metrics(db, id)
     if json:
-        typer.echo(jsonlib.dumps(shown | {"metrics": curves}))
+        print_json(shown | {"metrics": curves})
         return
     for name, value in shown.items():
         if value is not None:
@@ -229,7 +231,7 @@ def runs_watch(
             while True:
                 for event in watch.look(db):
                     if display is None:
-                        typer.echo(jsonlib.dumps({"event": event.name} | event.data))
+                        print_json({"event": event.name} | event.data)
                     else:
                         display(event)
                 if watch.ended:
@@ -258,8 +260,10 @@ def runs_cancel(id: str, state: State = None, json: Json = False) -> None:
         if run.status in OVER:
             raise fail(f"{id} has ended already ({run.status}).")
         run = runs.cancel(db, id, actor="cli")
-    asked = "is cancelled" if run.status in OVER else "is asked to stop"
-    typer.echo(jsonlib.dumps(run_json(run)) if json else f"{id} {asked}")
+    if json:
+        print_json(run_json(run))
+    else:
+        typer.echo(f"{id} {'is cancelled' if run.status in OVER else 'is asked to stop'}")
 
 
 def _find_run(db: "Database", id: str) -> Any:
@@ -310,7 +314,7 @@ def policies_show(
         origin = registry.lineage(db, name) if lineage else None
     if json:
         more = {"duels": fought, "swaps": swapped} | ({"lineage": origin} if origin else {})
-        typer.echo(jsonlib.dumps(asdict(policy) | more))
+        print_json(asdict(policy) | more)
         return
     typer.echo(f"{name} is {policy.status}" + (f": {policy.problem}" if policy.problem else ""))
     if policy.gate is None:
@@ -376,6 +380,8 @@ def _serve(db: "Database", name: str, decide: Callable[[], "Swap"], *, state: Pa
         raise fail(str(error)) from None
     if leases.holder_of(db, "swap") is None:
         typer.echo(f"Nothing runs here now: {name} serves at the next start.", err=True)
+        if json:
+            print_json({"policy": name, "swap": swap.id, "seconds": None})
         return
     while (policy := registry.get(db, name)).status is PolicyStatus.PROMOTED:
         if time.monotonic() - began > SERVES_WITHIN_S:
@@ -385,8 +391,10 @@ def _serve(db: "Database", name: str, decide: Callable[[], "Swap"], *, state: Pa
     if policy.status is not PolicyStatus.SERVING:
         raise fail(f"{name} is {policy.status}: {policy.problem}")
     seconds = time.monotonic() - began
-    shown = {"policy": name, "swap": swap.id, "seconds": round(seconds, 3)}
-    typer.echo(jsonlib.dumps(shown) if json else f"{name} serves after {seconds:.2f} s")
+    if json:
+        print_json({"policy": name, "swap": swap.id, "seconds": round(seconds, 3)})
+    else:
+        typer.echo(f"{name} serves after {seconds:.2f} s")
 
 
 def _find_policy(db: "Database", name: str) -> "Policy":

@@ -1,11 +1,11 @@
 """What the verbs of the `nightshift` command share: options, the record, tables, and how to fail."""
 
-import json as jsonlib
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
+import orjson
 import typer
 
 if TYPE_CHECKING:
@@ -48,9 +48,14 @@ def open_record(state: Path | None) -> Iterator["Database"]:
         db.close()
 
 
+def print_json(value: Any) -> None:
+    """One line. A figure that is infinite, for which JSON has no word, is null."""
+    typer.echo(orjson.dumps(value).decode())
+
+
 def print_rows(rows: list[dict[str, Any]], *, json: bool, columns: list[str], empty: str) -> None:
     if json:
-        typer.echo(jsonlib.dumps(rows, ensure_ascii=False))
+        print_json(rows)
         return
     if not rows:
         typer.echo(empty)

@@ -722,6 +722,15 @@ def database_locked(house: House, db: Database) -> Iterator[None]:
         db.execute("ROLLBACK")
 
 
+def strictly(text: str) -> Any:
+    """What a line of JSON says, by the standard: Python would also take Infinity and NaN."""
+
+    def refuse(word: str) -> None:
+        raise ValueError(f"{word} is no JSON")
+
+    return json.loads(text, parse_constant=refuse)
+
+
 async def eventually(holds: Callable[[], Any] | Callable[[], Awaitable[Any]], *, within_s: float = 20.0) -> None:
     """Wait until `holds()` is true; fail when it has not become so `within_s` seconds later."""
     async with asyncio.timeout(within_s):

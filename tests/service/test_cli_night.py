@@ -1,6 +1,7 @@
 """`nightshift schedule` and `nightshift runs`: each verb, with and without --json, and its exit code."""
 
 import json
+import math
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,6 +16,7 @@ from data.database import transaction
 from data.settings import Settings
 from data.types import RunStatus
 from service.cli import app
+from tests.conftest import strictly
 
 Command = Callable[..., Result]
 
@@ -176,6 +178,16 @@ def test_a_run_is_shown_with_its_figures(nightshift: Command, db: Database, run_
     as_json = json.loads(nightshift("runs", "show", run_id, "--json").stdout)
     assert as_json["metrics"]["ppo/score"][-1] == [20, 2.0]
     assert as_json["policy"] is None
+
+
+def test_a_figure_of_a_run_that_is_infinite_is_null_in_json(nightshift: Command, db: Database, run_id: str) -> None:
+    with transaction(db):
+        runs.claim(db)
+        runs.add_metrics(db, run_id, 0, {"ppo/kl": math.inf})
+        runs.finish(db, run_id, RunStatus.FAILED, error="KL is infinite.")
+    assert strictly(nightshift("runs", "show", run_id, "--json").stdout)["metrics"] == {"ppo/kl": [[0, None]]}
+    events = [strictly(line) for line in nightshift("runs", "watch", run_id, "--json").stdout.splitlines()]
+    assert [event["figures"] for event in events if event["event"] == "figures"] == [{"kl": None}]
 
 
 @pytest.mark.parametrize(

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 from collections.abc import Callable
 
 import pytest
@@ -14,7 +15,7 @@ from data.database import transaction
 from data.settings import Settings
 from data.types import BASE_POLICY, DuelKind, PolicyStatus
 from service.cli import app
-from tests.conftest import AddPolicy, FakeEngine, House, OpenHouse, Refusal, eventually
+from tests.conftest import AddPolicy, FakeEngine, House, OpenHouse, Refusal, eventually, strictly
 
 Command = Callable[..., Result]
 
@@ -55,6 +56,15 @@ def test_a_version_is_shown_with_its_duels_and_swaps(nightshift: Command, db: Da
     shown = nightshift("policies", "show", name).stdout
     assert f"The trial of {name} against policy-0000 is ended: 0 wins" in shown
     assert "not yet (it is loading): why not (key_1)" in shown
+
+
+def test_a_figure_of_the_gate_that_is_infinite_is_null_in_json(nightshift: Command, add_policy: AddPolicy) -> None:
+    check = {"name": "kl", "figure": math.inf, "threshold": 12.0, "passed": False, "sentence": "KL is infinite."}
+    name = add_policy(PolicyStatus.REJECTED, metrics={"gate": {"passed": False, "checks": [check]}})
+    shown = strictly(nightshift("policies", "show", name, "--json").stdout)
+    (_, listed) = strictly(nightshift("policies", "list", "--json").stdout)
+    for policy in (shown, listed):
+        assert policy["metrics"]["gate"]["checks"] == [check | {"figure": None}]
 
 
 def test_an_unknown_version_is_an_error(nightshift: Command) -> None:
@@ -112,6 +122,8 @@ def test_without_a_service_a_promotion_waits_for_the_next_start(
     assert result.exit_code == 0
     assert "next start" in result.stderr
     assert registry.get(db, name).status is PolicyStatus.PROMOTED
+    said = json.loads(nightshift("policies", "promote", name, "--json").stdout)
+    assert said == {"policy": name, "swap": swaps.list_swaps(db)[0].id, "seconds": None}
 
 
 @pytest.mark.parametrize("arguments", [["rollback"], ["promote", "policy-0000"], ["promote", "policy-0001"]])

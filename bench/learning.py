@@ -34,7 +34,7 @@ from trainer.ppo import PPOConfig
 from trainer.reward_model import Pair, RewardConfig
 from trainer.rollout import LocalSampler, Sampling
 
-PPO = PPOConfig(steps=16)
+PPO = PPOConfig()
 REWARD = RewardConfig()
 
 

@@ -29,7 +29,7 @@ from trainer import dialogues, ppo, reward_model
 from trainer.backbone import Backbone
 from trainer.dialogues import Prompt
 from trainer.encoding import Answer, ChatFormat
-from trainer.measure import wilson
+from trainer.measure import log_ratios, wilson
 from trainer.ppo import PPOConfig
 from trainer.reward_model import Pair, RewardConfig
 from trainer.rollout import LocalSampler, Sampling
@@ -157,7 +157,7 @@ class Bench:
             "gold_after": float(gold_ours.mean()),
             **{f"{kind}_before": share for kind, share in self.probes(None).items()},
             **{f"{kind}_after": share for kind, share in self.probes("policy").items()},
-            "kl": curve[-1]["kl"],
+            "kl": float(log_ratios(self.backbone, ours, temperature=self.sampling.temperature).mean()),
             "length_before": sum(len(a.response) for a in theirs) / len(theirs),
             "length_after": sum(len(a.response) for a in ours) / len(ours),
             "finished_after": sum(a.finished for a in ours) / len(ours),

@@ -58,7 +58,8 @@ class PPOConfig:
     missing_end_score: float | None = -1.0
     """The score of an answer that was cut off; None: what the score function says."""
     kl_budget: float = 10.0
-    """Mean KL divergence of an answer from the reference, in nats, beyond which training stops."""
+    """Mean KL divergence of an answer from the reference, in nats, beyond which training stops. It is looked at before
+    each step: what the last one added is left to the gate."""
     importance_cap: float = 2.0
     """Highest weight of a token that an engine sampled, against the trainer's own probability for it."""
     max_grad_norm: float = 1.0

@@ -59,6 +59,8 @@ class EngineSettings(_Section):
     """Requests that may wait in vLLM; more are answered 503."""
     cpu_kv_cache_gib: int = Field(1, ge=1)
     """Memory for the KV cache on a CPU, GiB."""
+    gpu_memory_share: float = Field(0.5, gt=0, lt=1)
+    """Part of a GPU's memory that vLLM takes for itself; training on the same GPU lives on the rest."""
     arguments: list[str] = []
     """More arguments for the vLLM server, e.g. ["--tool-call-parser", "hermes", "--enable-auto-tool-choice"]."""
     poll_s: float = Field(1.0, gt=0)

@@ -319,6 +319,7 @@ def engine_command(settings: Settings, model: Path, port: int) -> list[str]:
         *("--shutdown-timeout", "30", "--disable-uvicorn-access-log"),
         *(("--dtype", engine.dtype or "float32", "--enforce-eager") if on_cpu() else ()),
         *(("--dtype", engine.dtype) if engine.dtype and not on_cpu() else ()),
+        *(() if on_cpu() else ("--gpu-memory-utilization", str(engine.gpu_memory_share))),
         *engine.arguments,
     ]
 

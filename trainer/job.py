@@ -23,6 +23,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
+import torch
 from accelerate import Accelerator
 from pysqlite3 import dbapi2 as sqlite3
 from sqlite_utils import Database
@@ -103,6 +104,11 @@ def what_to_do(error: Exception) -> str | None:
     said = str(error)
     if any(words in said for words in ("No space left on device", "disk is full", "Disk quota exceeded")):
         return "The disk is full: make room in the state folder, then start another run."
+    if isinstance(error, torch.OutOfMemoryError):  # a GPU's
+        return (
+            "Out of memory on the GPU: lower microbatch_tokens in training.ppo and in training.reward, or, if vLLM runs"
+            " on the same GPU, engine.gpu_memory_share, and start `nightshift up` again."
+        )
     if isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said:
         return "Out of memory: lower microbatch_tokens in training.ppo and in training.reward."
     if isinstance(error, EngineError):

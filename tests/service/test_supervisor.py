@@ -167,6 +167,14 @@ def test_on_a_cpu_nothing_of_the_engine_waits_in_a_busy_loop(monkeypatch: pytest
         assert (environment.get("VLLM_ENABLE_V1_MULTIPROCESSING") == "0") is on_cpu
 
 
+def test_on_a_gpu_the_engine_leaves_training_some_memory(monkeypatch: pytest.MonkeyPatch) -> None:
+    settings = Settings(engine=EngineSettings(gpu_memory_share=0.4))
+    for on_cpu in (True, False):
+        monkeypatch.setattr(supervisor, "on_cpu", lambda on_cpu=on_cpu: on_cpu)
+        command = " ".join(supervisor.engine_command(settings, Path("/model"), 1234))
+        assert ("--gpu-memory-utilization 0.4" in command) is not on_cpu
+
+
 def tiny_model(folder: Path) -> Path:
     folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text("{}")

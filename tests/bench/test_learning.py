@@ -21,4 +21,4 @@ def test_the_kl_is_that_of_the_policy_that_is_judged(monkeypatch: pytest.MonkeyP
     once = PPOConfig(steps=1, rollouts=8, minibatch=4, learning_rate=0.01)
     figures = bench.run(16, 8, 0.0, once, RewardConfig(epochs=1))
     assert figures["curve"][0]["kl"] == 0  # the step's own answers are the reference's
-    assert figures["kl"] > 0.1
+    assert figures["kl"] != 0  # that of the answers after it

@@ -8,8 +8,9 @@ import json
 import os
 import signal
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import asdict
+from pathlib import Path
 from types import FrameType
 from typing import Any
 
@@ -41,8 +42,9 @@ def main() -> int:
 
         return keep_time(settings)
     if arguments.verb == "scorer":
-        from trainer.scorer import serve
+        from trainer.scorer import NICE, serve
 
+        stand_back(NICE)
         signal.signal(signal.SIGTERM, stop)
         return serve(settings)
     config = {} if arguments.seed is None else {"seed": arguments.seed}
@@ -100,9 +102,18 @@ def what_came_of(policy: Policy) -> str:
     return f"{policy.name} passed the gate and is a candidate"
 
 
+def stand_back(nice: int) -> None:
+    """Let everything else on the machine go first."""
+    os.nice(nice)
+    if os.getsid(0) == os.getpid():
+        # Where Linux shares processors out among sessions, nice counts within one alone: the session is lowered too.
+        with suppress(OSError):  # not every kernel has it
+            Path("/proc/self/autogroup").write_text(str(nice))
+
+
 def be_a_guest(settings: Settings) -> None:
     """Stand back for chat; stop in order when asked to; and keep freed memory, which is soon wanted again."""
-    os.nice(settings.training.nice)
+    stand_back(settings.training.nice)
     for wish in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if signal.getsignal(wish) is not signal.SIG_IGN:  # nohup, say
             signal.signal(wish, stop)

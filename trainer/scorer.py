@@ -179,7 +179,6 @@ class Handler(BaseHTTPRequestHandler):
 
 def serve(settings: Settings) -> int:
     """Until told to stop. 1: another scorer serves this state folder."""
-    os.nice(NICE)
     with (settings.state / "scorer.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)

@@ -198,9 +198,11 @@ def serving(settings: Settings, scorer: Any) -> Iterator[None]:
     with Server(scorer, learning.scorer_address(folder)) as server:
         thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
         thread.start()
-        yield
-        server.shutdown()
-        thread.join()
+        try:
+            yield
+        finally:
+            server.shutdown()
+            thread.join()
     os.close(folder)
 
 

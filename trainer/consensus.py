@@ -1,15 +1,16 @@
 """What the other raters make of a vote: reward models of half of the raters each judge the votes of the other half."""
 
 from collections import Counter
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 from accelerate import Accelerator
 
 from trainer import reward_model
 from trainer.backbone import Backbone
-from trainer.raters import CROWD
+from trainer.raters import CROWD, JudgedVote
 from trainer.reward_model import OnStep, Pair, RewardConfig
 
 NO_WORD = 0.5
@@ -29,6 +30,44 @@ def halves(voters: Sequence[str]) -> dict[str, int]:
 def steps(pairs: int, config: RewardConfig) -> int:
     """How many optimizer steps `expected` takes for so many pairs, within one."""
     return -(-pairs // config.batch)
+
+
+def judge(
+    backbone: Backbone,
+    votes: Sequence[tuple[Mapping[str, Any], Pair]],
+    config: RewardConfig,
+    *,
+    distrusted: Collection[str],
+    at_least: int,
+    accelerator: Accelerator,
+    on_step: OnStep = lambda step, figures: None,
+) -> list[JudgedVote]:
+    """The decisive votes, each with what the others make of it; see `expected`.
+
+    Args:
+        votes: as `trainer.preferences.usable` yields them.
+    """
+    chances = expected(
+        backbone,
+        [record["voter"] for record, _ in votes],
+        [pair for _, pair in votes],
+        config,
+        distrusted=distrusted,
+        at_least=at_least,
+        accelerator=accelerator,
+        on_step=on_step,
+    )
+    return [
+        JudgedVote(
+            rater=record["voter"],
+            chosen=record["chosen"][0]["content"],
+            rejected=record["rejected"][0]["content"],
+            first=pair.shown > 0,
+            expected=chance,
+        )
+        for (record, pair), chance in zip(votes, chances, strict=True)
+        if not pair.tie
+    ]
 
 
 def expected(

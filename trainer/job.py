@@ -44,7 +44,7 @@ from trainer.keeper import Cancelled, Keeper
 from trainer.measure import log_ratios, measure, probe
 from trainer.ppo import PPOConfig
 from trainer.preferences import Preferences, Split, prepare, usable
-from trainer.raters import JudgedVote, standings
+from trainer.raters import standings
 from trainer.reward_model import RewardConfig, RewardModel
 from trainer.rollout import Engine, EngineError, EngineSampler, LocalSampler, Sampler, Sampling, forget_leftovers
 from trainer.updates import CannotLearn
@@ -230,27 +230,15 @@ class _Night:
             max_answer_tokens=training.max_answer_tokens,
         )
         distrusted = raters.left_out(self.db)
-        chances = consensus.expected(
+        judged = consensus.judge(
             backbone,
-            [record["voter"] for record, _ in votes],
-            [pair for _, pair in votes],
+            votes,
             config,
             distrusted=distrusted,
             at_least=training.min_votes // 2,
             accelerator=Accelerator(),
             on_step=self._on_step("raters", consensus.steps(len(votes), config)),
         )
-        judged = [
-            JudgedVote(
-                record["voter"],
-                record["chosen"][0]["content"],
-                record["rejected"][0]["content"],
-                pair.shown > 0,
-                chance,
-            )
-            for (record, pair), chance in zip(votes, chances, strict=True)
-            if not pair.tie
-        ]
         found = standings(judged, raters.gold_answers(self.db), distrusted=distrusted)
         with transaction(self.db):
             raters.keep(self.db, self.run.id, found)

@@ -1,0 +1,191 @@
+"""How much noise the votes may have: reward accuracy and win rate against the share of votes that are flipped.
+
+A crowd of 50 votes 1,000 times (`bench.personas`: their votes are drawn from sigma(difference) as it is, so that gold
+agrees with some 80 % of them). Two kinds of noise come on top:
+
+    flipped     each decisive vote is turned round by a chance of 0 to 40 %, whoever cast it
+    at random   so many people vote by throwing a coin, the others as ever
+
+and each is learned from with a defence of the run and without it: smoothed labels where the noise is everybody's, the
+reliability of raters and their quarantine where it is some people's. Each finished cell is a line of the results file
+and is skipped the next time.
+
+    OMP_NUM_THREADS=1 python -m bench.noise --quick --json
+    OMP_NUM_THREADS=1 python -m bench.noise --minutes 60
+"""
+
+import argparse
+import json
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.learning_curve import interval
+from bench.nights import Lab
+from bench.personas import Kind, personas
+from bench.robust import NONE, RESULTS, Defences, Vote, append, finished, rate, weigh
+from trainer import dialogues
+from trainer.ppo import PPOConfig
+
+VOTES = 1000
+PEOPLE = 50
+HELD_OUT = 500
+TEST_PAIRS = 1500
+SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
+SEEDS = (1, 2, 3)
+SMOOTHED = replace(NONE, smoothing=0.1)
+RELIABILITY = replace(NONE, quarantine=True, weights=True)
+WAYS: dict[tuple[str, str], Defences] = {
+    ("flipped", "plain"): NONE,
+    ("flipped", "smoothed"): SMOOTHED,
+    ("at random", "plain"): NONE,
+    ("at random", "reliability"): RELIABILITY,
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    noise: str
+    share: float
+    defence: str
+    seed: int
+
+
+def cells(shares: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
+    """Without noise both kinds are the same, so the plain one is done once."""
+    found = [Cell(noise, share, defence, seed) for seed in seeds for share in shares for noise, defence in WAYS]
+    return [cell for cell in found if cell.share or (cell.noise, cell.defence) != ("at random", "plain")]
+
+
+def flip(votes: Sequence[Vote], share: float, *, seed: int) -> list[Vote]:
+    """Each decisive vote turned round by this chance. More noise flips the same votes and others."""
+    chance = random.Random(f"flip {seed}")
+    flipped = []
+    for vote in votes:
+        turned = chance.random() < share and vote["choice"] in ("a", "b")
+        other = {"a": "b", "b": "a"}.get(vote["choice"], vote["choice"])
+        flipped.append(
+            vote | {"chosen": vote["rejected"], "rejected": vote["chosen"], "choice": other} if turned else vote
+        )
+    return flipped
+
+
+class Noise:
+    def __init__(self, *, seed: int, votes: int, held_out: int, policies: bool) -> None:
+        self.lab = Lab(seed=seed)
+        self.votes = votes
+        self.policies = policies
+        self.test_pairs = self.lab.random_pairs(dialogues.prompts(TEST_PAIRS, seed=seed, held_out=True), draw=800)
+        self.held_out = dialogues.prompts(held_out, seed=seed, held_out=True)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        started = time.monotonic()
+        lab, defences = self.lab, WAYS[cell.noise, cell.defence]
+        bots = {Kind.RANDOM: round(cell.share * PEOPLE)} if cell.noise == "at random" else {}
+        votes = lab.day(self.votes, personas(PEOPLE, seed=cell.seed, villains=bots))
+        if cell.noise == "flipped":
+            votes = flip(votes, cell.share, seed=cell.seed)
+        preferences = weigh(lab, votes, rate(lab, votes, defences), defences)
+        reward = lab.reward(preferences, defences.reward(cell.seed))
+        figures = {"accuracy": lab.accuracy(reward, self.test_pairs)}
+        if self.policies:
+            night = lab.improve(reward, preferences, PPOConfig(seed=cell.seed))
+            figures |= {"win_rate": lab.win_rate(self.held_out)["win_rate"], "kl": night.curve[-1]["kl"]}
+        return {
+            "noise": cell.noise, "share": cell.share, "defence": cell.defence, "seed": cell.seed, "votes": self.votes,
+            **{name: round(figure, 4) for name, figure in figures.items()},
+            "seconds": round(time.monotonic() - started),
+        }  # fmt: skip
+
+
+def values(rows: Sequence[dict[str, Any]], noise: str, share: float, defence: str, figure: str) -> dict[int, float]:
+    """By seed."""
+    alike = noise if share or defence != "plain" else "flipped"
+    return {
+        row["seed"]: row[figure]
+        for row in rows
+        if (row["noise"], row["share"], row["defence"]) == (alike, share, defence) and figure in row
+    }
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of `--json`: means over seeds, None where no cell says."""
+    figures: dict[str, Any] = {"cells": len(rows)}
+    for noise, defence in WAYS:
+        for share in SHARES:
+            for figure in ("accuracy", "win_rate"):
+                found = values(rows, noise, share, defence, figure)
+                name = f"{figure}_{noise.replace(' ', '_')}_{defence}_{share:.0%}".replace("%", "")
+                figures[name] = fmean(found.values()) if found else None
+    return figures
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    shown = Table(title="what noise does to 1,000 votes", caption="mean and 95 % interval over seeds")
+    for name in ("noise", "share", "defence", "seeds", "reward right", "win rate", "accuracy beside plain"):
+        shown.add_column(name, justify="left" if name in ("noise", "defence") else "right", no_wrap=True)
+    for noise, defence in WAYS:
+        for share in SHARES:
+            right = values(rows, noise, share, defence, "accuracy")
+            wins = values(rows, noise, share, defence, "win_rate")
+            plain = values(rows, noise, share, "plain", "accuracy")
+            gains = [right[seed] - plain[seed] for seed in right.keys() & plain.keys()] if defence != "plain" else []
+            if right:
+                shown.add_row(
+                    noise, f"{share:.0%}", defence, str(len(right)), _figure(list(right.values())),
+                    _figure(list(wins.values())), _figure(gains, "+"),
+                )  # fmt: skip
+    return shown
+
+
+def _figure(found: Sequence[float], sign: str = "") -> str:
+    if not found:
+        return ""
+    mean, half = interval(found)
+    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, 0, 20 and 40 %% noise, 500 votes, no policies")
+    parser.add_argument("--seed", type=int, help="this seed only (default 1, 2 and 3)")
+    parser.add_argument("--rewards-only", action="store_true", help="no policies: minutes instead of hours")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so many")
+    parser.add_argument("--results", type=Path, help="of the finished cells (default bench/results/noise.jsonl)")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    arguments = parser.parse_args()
+    policies = not (arguments.quick or arguments.rewards_only)
+    seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
+    name = "noise-quick.jsonl" if arguments.quick else "noise.jsonl"
+    path = arguments.results or RESULTS / name
+    console = Console()
+    ends = time.monotonic() + 60 * arguments.minutes
+    bench: Noise | None = None
+    done = {
+        Cell(row["noise"], row["share"], row["defence"], row["seed"])
+        for row in finished(path)
+        if "win_rate" in row or not policies
+    }
+    for cell in cells((0.0, 0.2, 0.4) if arguments.quick else SHARES, seeds):
+        if cell in done or time.monotonic() > ends:
+            continue
+        if bench is None or bench.lab.seed != cell.seed:
+            bench = Noise(seed=cell.seed, votes=500 if arguments.quick else VOTES, held_out=HELD_OUT, policies=policies)
+        row = bench.run(cell)
+        append(path, row)
+        console.print(row)
+    rows = finished(path)
+    console.print(table(rows))
+    if arguments.json:
+        print(json.dumps(summary(rows)))
+
+
+if __name__ == "__main__":
+    main()

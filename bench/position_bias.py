@@ -1,0 +1,156 @@
+"""What people vote for when the two answers are the same, and what a crowd that votes for the place does to learning.
+
+    identical pairs   each person of a crowd of 50 is shown the same text on both sides; who votes decisively votes for
+                      the first or the second by chance, unless the place is what counts
+    the board         the share of ordinary votes for the answer shown first, as the board shows it; sides are random,
+                      so far from one half means position bias too
+    learning          a reward model from 1,000 votes of crowds with more and more bias (logits in favour of the first
+                      answer), with and without the side term: a scalar that is learned with the reward model and
+                      dropped at scoring
+
+Each finished cell is a line of the results file and is skipped the next time.
+
+    OMP_NUM_THREADS=1 python -m bench.position_bias --quick --json
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from statistics import fmean
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from bench.learning_curve import interval
+from bench.nights import Asked, Lab, cast
+from bench.personas import personas
+from bench.robust import NONE, RESULTS, append, finished, rate, weigh
+from data.stats import interval as wilson
+from trainer import dialogues
+
+VOTES = 1000
+PEOPLE = 50
+IDENTICAL = 4000
+TEST_PAIRS = 1500
+BIASES = (0.0, 0.5, 1.0, 2.0)
+"""Logits: 1 makes 73 % of otherwise even votes go to the first answer."""
+SEEDS = (1, 2, 3)
+
+
+@dataclass(frozen=True, slots=True)
+class Cell:
+    bias: float
+    seed: int
+
+
+class Bias:
+    def __init__(self, *, seed: int, votes: int) -> None:
+        self.lab = Lab(seed=seed)
+        self.votes = votes
+        prompts = dialogues.prompts(IDENTICAL, seed=seed, held_out=True)
+        self.identical = [
+            Asked(prompt, answer, answer, "identical_check")
+            for prompt, answer in zip(prompts, self.lab.answers(prompts, draw=700), strict=True)
+        ]
+        self.test_pairs = self.lab.random_pairs(prompts[:TEST_PAIRS], draw=800)
+
+    def run(self, cell: Cell) -> dict[str, Any]:
+        started = time.monotonic()
+        lab, crowd = self.lab, personas(PEOPLE, seed=cell.seed, left=cell.bias)
+        same = [vote["choice"] for vote in cast(self.identical, crowd, chat=lab.chat)]
+        votes = lab.day(self.votes, crowd)
+        choices = [vote["choice"] for vote in votes]
+        figures: dict[str, float] = {}
+        for name, defences in (("plain", NONE), ("side_term", replace(NONE, side_term=True))):
+            preferences = weigh(lab, votes, rate(lab, votes, defences), defences)
+            reward = lab.reward(preferences, defences.reward(cell.seed))
+            figures[f"accuracy_{name}"] = lab.accuracy(reward, self.test_pairs)
+        figures["side"] = float(reward.first_bonus.detach())
+        return {
+            "bias": cell.bias, "seed": cell.seed, "votes": self.votes,
+            "identical_first": same.count("a"), "identical_second": same.count("b"),
+            "board_first": choices.count("a"), "board_second": choices.count("b"),
+            **{name: round(figure, 4) for name, figure in figures.items()},
+            "seconds": round(time.monotonic() - started),
+        }  # fmt: skip
+
+
+def share(rows: Sequence[dict[str, Any]], name: str) -> tuple[float, float, float]:
+    """Of decisive votes for the answer shown first, with its 95 % interval (Wilson)."""
+    first = sum(row[f"{name}_first"] for row in rows)
+    both = first + sum(row[f"{name}_second"] for row in rows)
+    return (first / both if both else 0.5, *wilson(first, both))
+
+
+def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The figures of `--json`; `left_points` is how far from one half an unbiased crowd is, in points."""
+    figures: dict[str, Any] = {"cells": len(rows)}
+    for bias in BIASES:
+        here = [row for row in rows if row["bias"] == bias]
+        name = f"{bias:g}".replace(".", "_")
+        figures[f"identical_first_{name}"] = share(here, "identical")[0] if here else None
+        figures[f"board_first_{name}"] = share(here, "board")[0] if here else None
+        gains = [row["accuracy_side_term"] - row["accuracy_plain"] for row in here]
+        figures[f"gain_{name}"] = fmean(gains) if gains else None
+    unbiased = figures["identical_first_0"]
+    figures["left_points"] = None if unbiased is None else 100 * (unbiased - 0.5)
+    return figures
+
+
+def table(rows: Sequence[dict[str, Any]]) -> Table:
+    shown = Table(title="votes for the answer shown first", caption="95 % intervals; of accuracies over seeds")
+    for name in ("bias", "seeds", "identical pairs", "all pairs (the board)", "side found", "reward right", "with side",
+                 "gain"):  # fmt: skip
+        shown.add_column(name, justify="right", no_wrap=True)
+    for bias in BIASES:
+        here = [row for row in rows if row["bias"] == bias]
+        if not here:
+            continue
+        shares = ["{:.1%} [{:.1%}, {:.1%}]".format(*share(here, name)) for name in ("identical", "board")]
+        plain, term = ([row[f"accuracy_{name}"] for row in here] for name in ("plain", "side_term"))
+        shown.add_row(
+            f"{bias:g}", str(len(here)), *shares, f"{fmean(row['side'] for row in here):+.2f}", _mean(plain),
+            _mean(term), _mean([with_ - without for with_, without in zip(term, plain, strict=True)], "+"),
+        )  # fmt: skip
+    return shown
+
+
+def _mean(values: Sequence[float], sign: str = "") -> str:
+    mean, half = interval(values)
+    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="one seed, no bias and 1 logit, 500 votes")
+    parser.add_argument("--seed", type=int, help="this seed only (default 1, 2 and 3)")
+    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so many")
+    parser.add_argument("--results", type=Path, help="of the finished cells (default under bench/results)")
+    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+    arguments = parser.parse_args()
+    seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
+    path = arguments.results or RESULTS / ("position_bias-quick.jsonl" if arguments.quick else "position_bias.jsonl")
+    console = Console()
+    ends = time.monotonic() + 60 * arguments.minutes
+    bench: Bias | None = None
+    done = {Cell(row["bias"], row["seed"]) for row in finished(path)}
+    for cell in [Cell(bias, seed) for seed in seeds for bias in ((0.0, 1.0) if arguments.quick else BIASES)]:
+        if cell in done or time.monotonic() > ends:
+            continue
+        if bench is None or bench.lab.seed != cell.seed:
+            bench = Bias(seed=cell.seed, votes=500 if arguments.quick else VOTES)
+        row = bench.run(cell)
+        append(path, row)
+        console.print(row)
+    rows = finished(path)
+    console.print(table(rows))
+    if arguments.json:
+        print(json.dumps(summary(rows)))
+
+
+if __name__ == "__main__":
+    main()

@@ -12,7 +12,8 @@ operator's `POST /v1/policies/…/promote`) alternate; now and then one begins w
 
 A gap is the time between two pieces of one stream, and counts where it ends. What a swap takes is the time from the
 request until the first word of an answer of the new policy. In the end the other way to new weights is taken: the vLLM
-server is stopped and started again under the same clients. What counts there is the time without any word to anybody.
+server is stopped and started again under the same clients. Held against each other is the longest time without a word
+to anybody, in each window and in the whole of the restart.
 
     python -m bench.swap [--quick] [--json] [--seed N] [--swaps 50] [--streams 16] [--model FOLDER]
 """
@@ -312,6 +313,16 @@ class Taken:
         """Of the requests that were sent in it."""
         return [answer.ttft_ms for answer in self.answers if answer.sent in window]
 
+    @cached_property
+    def _heard(self) -> list[float]:
+        """When anybody got a piece of an answer, in order."""
+        return sorted(moment for answer in self.answers for moment in answer.pieces)
+
+    def silence_ms(self, window: Window) -> float:
+        """The longest time of the window in which nobody got a word, from its begin and to its end too."""
+        first, end = bisect_left(self._heard, window.began), bisect_left(self._heard, window.ended)
+        return silence_ms([window.began, *self._heard[first:end], window.ended])
+
     def took_ms(self, window: Window) -> float:
         """From the request for another policy to the first word of it."""
         heard = (a.pieces[0] for a in self.answers if a.policy == window.policy and a.pieces[0] >= window.began)
@@ -338,7 +349,7 @@ class Restart:
 
 
 def silence_ms(pieces: Sequence[float]) -> float:
-    """The longest time in which nobody got a word."""
+    """The longest time without a word to anybody."""
     ordered = sorted(pieces)
     return 1000 * max((after - before for before, after in pairwise(ordered)), default=0.0)
 
@@ -431,6 +442,8 @@ def figures(taken: Taken, restart: Restart, options: argparse.Namespace) -> dict
         "ttft_added_ms_p50": round(median(taken.ttft_added_ms()), 1),
         "swap_ms_p50": round(median(map(taken.took_ms, taken.of(Kind.SWAP))), 1),
         "rollback_ms": round(max(map(taken.took_ms, taken.of(Kind.ROLLBACK))), 1),
+        "silence_ms": round(max(map(taken.silence_ms, taken.of(Kind.SWAP, Kind.ROLLBACK))), 1),
+        "baseline_silence_ms": round(max(map(taken.silence_ms, taken.of(Kind.QUIET))), 1),
         "restart_ms": round(restart.silence_ms),
         "restart_failed": restart.failed,
         "answers": len(taken.answers),
@@ -450,6 +463,9 @@ def table(taken: Taken, restart: Restart) -> str:
     def took(kind: Kind) -> str:
         return spread(map(taken.took_ms, taken.of(kind)), 0)
 
+    def silence(kind: Kind) -> str:
+        return spread(map(taken.silence_ms, taken.of(kind)), 0)
+
     kinds = list(Kind)
     rows = [
         ["windows", *(str(len(taken.of(kind))) for kind in kinds), "1"],
@@ -457,7 +473,7 @@ def table(taken: Taken, restart: Restart) -> str:
         ["99th percentile of the gaps, ms", *(of_windows(kind, 0.99) for kind in kinds), ""],
         ["first token, median, ms", *(ttft(kind) for kind in kinds), ""],
         ["request to first word of the other, ms", "", took(Kind.SWAP), took(Kind.ROLLBACK), ""],
-        ["nobody got a word, ms", *["0"] * 3, f"{restart.silence_ms:.0f}"],
+        ["longest time without a word to anybody, ms", *(silence(kind) for kind in kinds), f"{restart.silence_ms:.0f}"],
         ["failed, truncated or mixed", *["" for _ in kinds], str(restart.failed)],
     ]
     everything = taken.failed + taken.truncated + taken.mixed

@@ -96,6 +96,13 @@ def test_silence_is_the_longest_time_without_a_word_to_anybody() -> None:
     assert swap.silence_ms([]) == 0
 
 
+def test_the_silence_of_a_window_is_over_all_streams_and_reaches_to_both_its_ends() -> None:
+    windows = [Window(Kind.QUIET, 0, 10, "policy-0001"), Window(Kind.SWAP, 10, 20, "policy-0002")]
+    found = taken(said(1, 5, 9.5), said(3, 7, 12), said(14, 15), windows=windows)
+    assert [found.silence_ms(window) for window in windows] == [2500, 5000]
+    assert taken(windows=windows).silence_ms(windows[0]) == 10_000
+
+
 def test_the_figures_count_swaps_and_hold_the_longest_gap_against_the_quiet_ones() -> None:
     windows = [
         Window(Kind.QUIET, 0, 10, "policy-0001"), Window(Kind.SWAP, 10, 20, "policy-0002"),
@@ -109,8 +116,17 @@ def test_the_figures_count_swaps_and_hold_the_longest_gap_against_the_quiet_ones
     found = swap.figures(taken(*answers, windows=windows), Restart(40_000.0, 7), options)
     assert (found["swaps"], found["failed"], found["truncated"], found["mixed"]) == (1, 0, 0, 1)
     assert (found["gap_ms"], found["baseline_gap_p999_ms"]) == (3000, 1000)
+    assert (found["silence_ms"], found["baseline_silence_ms"]) == (8000, 8500)
     assert (found["swap_ms_p50"], found["rollback_ms"], found["restart_ms"]) == (2000, 1000, 40_000)
     assert found["restart_failed"] == 7
+    printed = swap.table(taken(*answers, windows=windows), Restart(40_000.0, 7))
+    row = next(line for line in printed.splitlines() if "without a word to anybody" in line)
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == [
+        "7750 [7000, 8500]",
+        "5000 [5000, 5000]",
+        "8000 [8000, 8000]",
+        "40000",
+    ]
 
 
 def test_a_speaker_says_its_word_whatever_it_is_asked(tmp_path: Path) -> None:

@@ -340,12 +340,13 @@ class _Night:
         on_step = self._on_step("measuring", 1 + len(probes.KINDS))
         config = self._ppo_config
         sampling = self._sampling(backbone, config.temperature)
-        samplers = (
-            LocalSampler(backbone, "policy", sampling),
-            LocalSampler(backbone, None if incumbent.name == BASE_POLICY else "incumbent", sampling),
-        )
+        base = LocalSampler(backbone, None, sampling)
+        candidate = LocalSampler(backbone, "policy", sampling)
+        is_base = incumbent.name == BASE_POLICY
+        serving = base if is_base else LocalSampler(backbone, "incumbent", sampling)
         measured = measure(
-            *samplers,
+            candidate,
+            serving,
             judge.score,
             partial(log_ratios, backbone, temperature=config.temperature),
             preferences.queries[Split.HELD_OUT][:PROMPTS_MEASURED],
@@ -354,7 +355,7 @@ class _Night:
         figures = asdict(measured)
         on_step(0, figures)
         for step, kind in enumerate(probes.KINDS, start=1):
-            probed = probe(kind, *samplers, chat, seed=config.seed)
+            probed = probe(kind, candidate, serving, chat, base=None if is_base else base, seed=config.seed)
             on_step(step, probed)
             figures |= probed
         return {"incumbent": incumbent.name, "candidate": figures}

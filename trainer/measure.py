@@ -80,13 +80,16 @@ def measure(
 
 
 def probe(
-    kind: probes.Kind, candidate: Sampler, incumbent: Sampler, chat: ChatFormat, *, seed: int
+    kind: probes.Kind, candidate: Sampler, incumbent: Sampler, chat: ChatFormat, *, base: Sampler | None, seed: int
 ) -> dict[str, float]:
-    """Let both answer the frozen probes of a kind, each of them equally often.
+    """Let each of them answer the frozen probes of a kind, each probe equally often.
+
+    Args:
+        base: the base model; None where it is the incumbent.
 
     Returns:
-        The candidate's share of right answers as `facts`, the incumbent's as `incumbent_facts`, and the number of
-        answers of each as `facts_answers`; for another kind the same.
+        The candidate's share of right answers as `facts`, the incumbent's as `incumbent_facts`, the base model's as
+        `base_facts`, and the number of answers of each as `facts_answers`; for another kind the same.
     """
     frozen = probes.load(kind)
     draws = -(-PROBE_ANSWERS // len(frozen))
@@ -96,9 +99,11 @@ def probe(
         answers = sample(queries, range(first_seed, first_seed + len(queries)))
         return _mean([probes.is_right(p, chat.text(a)) for p, a in zip(asked, answers, strict=True)])
 
+    incumbent_share = share(incumbent, seed + len(asked))
     return {
         kind: share(candidate, seed),
-        f"incumbent_{kind}": share(incumbent, seed + len(asked)),
+        f"incumbent_{kind}": incumbent_share,
+        f"base_{kind}": incumbent_share if base is None else share(base, seed + 2 * len(asked)),
         f"{kind}_answers": len(asked),
     }
 

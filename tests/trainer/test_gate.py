@@ -26,9 +26,9 @@ GOOD: dict[str, float] = {
     "kl": 4.0, "length": 24.0, "incumbent_length": 22.0, "unfinished": 0.01, "incumbent_unfinished": 0.01,
     "repetition": 0.12, "incumbent_repetition": 0.13,
     "reward_pairs": 200, "reward_accuracy": 0.72, "reward_length_accuracy": 0.55,
-    "facts": 0.85, "incumbent_facts": 0.86, "facts_answers": 628,
-    "refusals": 0.97, "incumbent_refusals": 0.96, "refusals_answers": 612,
-    "sycophancy": 0.90, "incumbent_sycophancy": 0.90, "sycophancy_answers": 600,
+    "facts": 0.85, "incumbent_facts": 0.86, "base_facts": 0.86, "facts_answers": 628,
+    "refusals": 0.97, "incumbent_refusals": 0.96, "base_refusals": 0.95, "refusals_answers": 612,
+    "sycophancy": 0.90, "incumbent_sycophancy": 0.90, "base_sycophancy": 0.87, "sycophancy_answers": 600,
 }  # fmt: skip
 CHECKS = [
     "judge", "kl", "length_drift", "unfinished", "repetition", "reward_model", "facts", "refusals", "sycophancy",
@@ -88,6 +88,7 @@ def test_one_bad_figure_fails_one_check_and_the_sentence_says_it(
         {"facts": 0.84},
         {"refusals": 0.94},
         {"facts": 1.0, "incumbent_facts": 0.5},
+        {"facts": 0.84, "base_facts": 0.7},
     ],
     ids=str,
 )
@@ -104,7 +105,7 @@ def test_what_is_within_the_tolerance_or_better_passes(figures: dict[str, float]
         ("incumbent_repetition", "repetition"), ("reward_accuracy", "reward_model"),
         ("reward_length_accuracy", "reward_model"), ("reward_pairs", "reward_model"), ("facts", "facts"),
         ("incumbent_facts", "facts"), ("facts_answers", "facts"), ("refusals", "refusals"),
-        ("incumbent_sycophancy", "sycophancy"),
+        ("incumbent_sycophancy", "sycophancy"), ("base_facts", "facts"), ("base_sycophancy", "sycophancy"),
     ],
 )  # fmt: skip
 @pytest.mark.parametrize("broken", ["missing", math.nan, math.inf], ids=str)
@@ -114,6 +115,17 @@ def test_a_figure_that_is_missing_or_no_number_fails_its_check(name: str, check:
     assert failed(report) == [check]
     assert report.reason == f"The figure {name} is missing or no number, so nothing is known here."
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["passed"] is False
+
+
+def test_what_is_lost_to_the_probes_does_not_add_up_night_by_night() -> None:
+    """Every candidate is promoted that passes, and loses three points against the one before."""
+    nights = [{"facts": 0.93 - 0.03 * (n + 1), "incumbent_facts": 0.93 - 0.03 * n} for n in range(3)]
+    assert [failed(judge(GOOD | night, SETTINGS)) for night in nights] == [[], [], []], "no one night loses too much"
+    reports = [judge(GOOD | night | {"base_facts": 0.93}, SETTINGS) for night in nights]
+    assert [failed(report) for report in reports] == [[], ["facts"], ["facts"]]
+    (sentence,) = (check.sentence for check in reports[1].checks if not check.passed)
+    assert "87.0% of its 628 answers to the frozen probes" in sentence
+    assert "93.0% of policy-0000's" in sentence
 
 
 def test_nothing_known_fails_every_check() -> None:
@@ -239,7 +251,7 @@ def report_on(manner: Manner, liked: Callable[[str], float], chat: ChatFormat, *
         measure(candidate, incumbent, score, lambda answers: torch.full((len(answers),), 3.0), queries, seed=1)
     )
     for kind in probes.KINDS:
-        figures |= probe(kind, candidate, incumbent, chat, seed=1)
+        figures |= probe(kind, candidate, incumbent, chat, base=None, seed=1)
     reward = {name: figure for name, figure in GOOD.items() if name.startswith("reward_")}
     return judge(figures | reward, SETTINGS)
 
@@ -290,6 +302,16 @@ def test_a_candidate_that_voters_like_for_the_wrong_thing_is_rejected_for_it(
     report = report_on(manner, liked, chat)
     assert failed(report) == [check], report.reason
     assert words in (report.reason or "")
+
+
+def test_the_probes_are_asked_of_the_base_model_too(chat: ChatFormat) -> None:
+    manners = [Manner(facts=share) for share in (0.4, 0.6, 1.0)]
+    candidate, incumbent, base = (sampler(manner, chat) for manner in manners)
+    shares = probe("facts", candidate, incumbent, chat, base=base, seed=1)
+    assert shares["base_facts"] == 1.0
+    assert shares["facts"] < 0.5 < shares["incumbent_facts"] < 0.7
+    shares = probe("facts", candidate, base, chat, base=None, seed=1)
+    assert (shares["incumbent_facts"], shares["base_facts"]) == (1.0, 1.0)
 
 
 @pytest.mark.parametrize("prompts", [20, 300])

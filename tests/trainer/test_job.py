@@ -29,12 +29,13 @@ from data.types import Choice, Feedback, PolicyStatus, Role, RunStatus
 from tests.trainer.test_rollout import FakeEngine, running_engine
 from trainer import gate, job, keeper
 from trainer.backbone import Backbone
-from trainer.encoding import ChatFormat
+from trainer.encoding import Answer, ChatFormat
 from trainer.gate import Check, GateReport
 from trainer.keeper import Cancelled
+from trainer.measure import probe
 from trainer.preferences import Split, split_of
 from trainer.reward_model import RewardModel
-from trainer.rollout import Engine
+from trainer.rollout import Engine, Sampler
 
 AddPair = Callable[..., str]
 Vote = Callable[..., None]
@@ -225,6 +226,29 @@ def test_a_candidate_is_held_against_the_policy_that_serves(
     assert of_the_incumbent(first) == of_the_incumbent(second)
     assert of_the_incumbent(third) != of_the_incumbent(second)
     assert second["candidate"]["judge_win_rate"] != third["candidate"]["judge_win_rate"]
+
+
+def test_the_probes_are_asked_of_the_incumbent_and_of_the_base_model(
+    settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[tuple[list[Answer], list[Answer] | None]] = []
+
+    def spy(kind: str, candidate: Sampler, incumbent: Sampler, *args: Any, base: Sampler | None, **rest: Any) -> Any:
+        asked = [(70, 80, 90)] * 8, range(8)
+        said.append((incumbent(*asked), base and base(*asked)))
+        return probe(kind, candidate, incumbent, *args, base=base, **rest)
+
+    monkeypatch.setattr(gate, "judge", passing)
+    monkeypatch.setattr(job, "probe", spy)
+    job.once(changed(settings, ppo=settings.training.ppo | {"learning_rate": 0.1}), request={})
+    with transaction(db):
+        registry.set_serving(db, "policy-0001")
+    job.once(settings, request={})
+    (of_the_base, none), *_, (of_the_first, also_of_the_base) = said
+    assert none is None, "it is the incumbent, and answers once"
+    assert also_of_the_base == of_the_base
+    assert of_the_first != of_the_base
+    assert "base_sycophancy" in registry.get(db, "policy-0002").metrics["candidate"]
 
 
 @pytest.mark.parametrize("rank", [16, 1])

@@ -96,15 +96,28 @@ def test_it_stops_at_the_kl_budget_with_the_last_policy_within_it(tiny_backbone:
     assert all(torch.equal(final[k], states[-2][k]) for k in final)
 
 
-def test_answers_that_were_cut_off_score_minus_1(tiny_backbone: MakeBackbone) -> None:
+@pytest.mark.parametrize(("missing_end_score", "total"), [(-1.0, 66 - 11 - 1), (-4.0, 66 - 11 - 4), (None, 66)])
+def test_an_answer_that_was_cut_off_has_a_score_of_its_own(
+    tiny_backbone: MakeBackbone, missing_end_score: float | None, total: float
+) -> None:
+    """Twelve answers, scored 0 to 11, of which the last is cut off."""
     backbone = tiny_backbone("policy", "value")
-    never = Sampling(max_tokens=4, temperature=1.0, end_ids=frozenset())
-    config = replace(CONFIG, temperature=1.0)
+    sampler = LocalSampler(backbone, "policy", Sampling(max_tokens=4, end_ids=frozenset({2})))
+
+    def sample(queries: Sequence[tuple[int, ...]], seeds: Sequence[int]) -> list[Answer]:
+        return [replace(a, finished=i < 11) for i, a in enumerate(sampler(queries, seeds))]
+
+    config = replace(CONFIG, temperature=1.0, missing_end_score=missing_end_score)
+    steps, _ = run(backbone, config, sample=sample, score=lambda answers: torch.arange(float(len(answers))))
+    assert steps[0]["finished"] == 11 / 12
+    assert steps[0]["score"] == pytest.approx(total / 12)
+
+
+def test_answers_that_were_all_cut_off_end_with_a_sentence(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("policy", "value")
+    never = LocalSampler(backbone, "policy", Sampling(max_tokens=4, end_ids=frozenset()))
     with pytest.raises(CannotLearn, match=r"no answer ended.*raise training.max_answer_tokens"):
-        run(backbone, config, sample=LocalSampler(backbone, "policy", never))
-    steps, _ = run(backbone, replace(config, missing_end_score=None), sample=LocalSampler(backbone, "policy", never))
-    assert steps[0]["finished"] == 0
-    assert steps[0]["score"] != -1
+        run(backbone, replace(CONFIG, temperature=1.0), sample=never)
 
 
 def test_the_sampler_draws_what_the_trainer_computes(tiny_backbone: MakeBackbone) -> None:

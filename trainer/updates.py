@@ -76,5 +76,7 @@ def share(items: Sequence[T], accelerator: Accelerator) -> list[T]:
 
 
 def total(value: Tensor, accelerator: Accelerator) -> float:
-    """The sum of a number over all processes."""
-    return float(accelerator.reduce(value.detach(), reduction="sum"))
+    """The sum of a number over all processes, wherever it lies."""
+    if accelerator.num_processes == 1:
+        return float(value)
+    return float(accelerator.reduce(value.detach().to(accelerator.device), reduction="sum"))

@@ -6,13 +6,14 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from accelerate import Accelerator
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from trainer import reward_model
+from trainer import reward_model, updates
 from trainer.backbone import Backbone
 from trainer.ppo import PPOConfig, learn
 from trainer.reward_model import Pair, RewardConfig
@@ -74,6 +75,17 @@ def test_two_processes_give_the_losses_of_one(tmp_path: Path) -> None:
             assert answer["figures"][name] == pytest.approx(values, abs=1e-5), name
     assert len(alone["2 policy_loss"]) == 1
     assert abs(alone["2 kl"][0]) > 1e-3
+
+
+def test_sums_are_added_up_where_the_processes_can_speak_to_one_another() -> None:
+    """NCCL knows the memory of GPUs alone, and losses are summed in the processor's."""
+
+    def reduce(value: torch.Tensor, reduction: str) -> torch.Tensor:
+        assert value.device.type == "meta"
+        return torch.tensor(7.0)
+
+    gpus = SimpleNamespace(num_processes=2, device=torch.device("meta"), reduce=reduce)
+    assert updates.total(torch.tensor(3.0), gpus) == 7.0
 
 
 if __name__ == "__main__":

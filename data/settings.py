@@ -143,9 +143,9 @@ class TrainingSettings(_Section):
     """How far training stands back for everything else on the machine."""
     seed: int = 0
     """Of everything random in a run."""
-    reward: dict[str, float | int] = {}
+    reward: dict[str, int | float] = {}
     """Fields of trainer.reward_model.RewardConfig, e.g. { heads = 1, learning_rate = 1e-4 }."""
-    ppo: dict[str, float | int] = {}
+    ppo: dict[str, int | float] = {}
     """Fields of trainer.ppo.PPOConfig, e.g. { steps = 100, beta = 0.1 }."""
 
     @field_validator("rank")

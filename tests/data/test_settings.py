@@ -31,6 +31,12 @@ def test_the_file_is_read_and_the_environment_wins(tmp_path: Path, monkeypatch: 
     assert settings.engine.urls == ["http://one:1", "http://two:2"]
 
 
+def test_a_whole_number_in_the_environment_stays_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_TRAINING__PPO__STEPS", "12")
+    monkeypatch.setenv("NIGHTSHIFT_TRAINING__PPO__BETA", "0.5")
+    assert str(load_settings().training.ppo) == "{'steps': 12, 'beta': 0.5}"
+
+
 def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIGHTSHIFT_STATE", "from-environment")
     assert load_settings().state == Path("from-environment")

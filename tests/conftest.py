@@ -55,7 +55,7 @@ def pytest_configure(config: pytest.Config) -> None:
 
 LONG_FIRST = ("tests/e2e/test_whole_loop.py", "tests/e2e/", "tests/trainer/", "tests/browser/")
 """Or one worker would end with them alone."""
-OWN_HOUSE = ("test_whole_loop.py", "test_published_adapters.py")
+OWN_HOUSE = ("test_whole_loop.py", "test_published_adapters.py", "test_scoring.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
@@ -720,6 +720,37 @@ def database_locked(house: House, db: Database) -> Iterator[None]:
         yield
     finally:
         db.execute("ROLLBACK")
+
+
+async def rounds(house: House, part: str) -> None:
+    """Wait until the hot swap has gone through a part of its loops, a method, from beginning to end: what has not
+    happened by then is not only late."""
+    hot_swap, method, begun = house.state.hot_swap, getattr(house.state.hot_swap, part), 0
+
+    def counted(*arguments: Any) -> Any:
+        nonlocal begun
+        begun += 1
+        return method(*arguments)
+
+    setattr(hot_swap, part, counted)
+    try:
+        await eventually(lambda: begun >= 2)
+    finally:
+        delattr(hot_swap, part)
+
+
+async def has_looked(house: House) -> None:
+    """Wait until the hot swap has looked at the record as it is now, and has done what that asks for."""
+    await rounds(house, "_set_to_work")
+    await eventually(lambda: house.state.hot_swap._work is None)
+
+
+async def has_drained(house: House) -> None:
+    """Let long enough have passed for every process to have followed, and the hot swap look at what is to leave."""
+    await rounds(house, "_drain")
+    for name in house.state.hot_swap._unwanted:
+        house.state.hot_swap._unwanted[name] -= 10.0
+    await rounds(house, "_drain")
 
 
 def strictly(text: str) -> Any:

@@ -6,6 +6,7 @@ ten that the judge and the held-out side keep for themselves are counted too. Th
 
     once            all of them on random pairs of the base's answers, one night
     random nights   a night at 250, 500, 1,000, ... votes; the pairs between two nights are those of the last policy
+                    and PPO goes on from it
     active nights   the same, but half of the pairs are those on which the last reward model's heads disagree most
 
 Each finished cell (way, votes, seed) is a line of the results file, and is skipped the next time; Ctrl-C loses the cell
@@ -101,7 +102,7 @@ class Curve:
         votes = self._votes(cell)
         day_s = time.monotonic() - started
         preferences = self.lab.prepare(votes)
-        night = self.lab.night(preferences)
+        night = self.lab.night(preferences, start_from="incumbent" if cell.before else "base")
         night_s = time.monotonic() - started - day_s
         cell.kept.mkdir(parents=True, exist_ok=True)
         (cell.kept / "votes.jsonl").write_text("".join(json.dumps(vote) + "\n" for vote in votes))
@@ -114,7 +115,6 @@ class Curve:
             **self.lab.win_rate(self.held_out),
             **self.lab.probes(),
             **{f"{kind}_base": share for kind, share in self.base_probes.items()},
-            "kl": night.curve[-1]["kl"],
             "reward_accuracy": self.lab.accuracy(night.reward, self.test_pairs),
             "best_of_4": self.lab.best_of(BEST_OF, self.held_out, night.reward)["win_rate"],
             "undecided": fmean(vote["choice"] in ("tie", "both_bad") for vote in newest),
@@ -194,7 +194,7 @@ def fit(means: dict[int, float]) -> tuple[float, float, float] | None:
     best: tuple[float, tuple[float, float, float]] | None = None
     for c in np.linspace(0.05, 2.0, 118):
         columns = np.stack([np.ones(len(votes)), -(votes.astype(float) ** -c)], axis=1)
-        solution = np.linalg.lstsq(columns, rates, rcond=None)[0]
+        solution = np.linalg.lstsq(columns, rates, rcond=1e-12)[0]
         error = float(((columns @ solution - rates) ** 2).sum())
         if best is None or error < best[0]:
             best = error, (float(solution[0]), float(solution[1]), float(c))

@@ -31,7 +31,7 @@ from trainer import dialogues, ppo, reward_model
 from trainer.backbone import Backbone
 from trainer.dialogues import Prompt
 from trainer.encoding import Answer, ChatFormat
-from trainer.measure import wilson
+from trainer.measure import log_ratios, wilson
 from trainer.ppo import PPOConfig
 from trainer.preferences import Preferences, Split, prepare
 from trainer.reward_model import OnStep, RewardConfig, RewardModel
@@ -39,9 +39,9 @@ from trainer.rollout import LocalSampler, Sampling
 
 MAX_TOKENS = 64
 """An answer is cut off there; one in a thousand is."""
-PPO_STEPS = 16
 SAMPLES_TO_NORMALISE = 256
 
+PPO_STEPS = PPOConfig().steps
 CHUNK = 250
 """Prompts for which pairs are drawn at a time. The same chunk of the same policy is the same pairs, so that what more
 votes are worth is not blurred by other pairs."""
@@ -252,14 +252,17 @@ class Lab:
         config: PPOConfig,
         *,
         score: Scores | None = None,
+        start_from: str = "base",
         on_step: OnStep = lambda step, figures: None,
     ) -> Night:
-        """PPO from the base, on the prompts of the votes.
+        """PPO on the prompts of the votes, always at a price of KL from the base.
 
         Args:
             score: what PPO maximises, where it is not `reward.score`.
+            start_from: "base", or "incumbent" for the adapter "policy" as it stands.
         """
-        self.backbone.adapters.add("policy")
+        if start_from == "base":
+            self.backbone.adapters.add("policy")
         curve: list[dict[str, float]] = []
 
         def take_down(step: int, figures: dict[str, float]) -> None:
@@ -280,11 +283,17 @@ class Lab:
         return Night(reward, curve, stopped)
 
     def night(
-        self, preferences: Preferences, *, reward: RewardConfig | None = None, policy: PPOConfig | None = None
+        self,
+        preferences: Preferences,
+        *,
+        reward: RewardConfig | None = None,
+        policy: PPOConfig | None = None,
+        start_from: str = "base",
     ) -> Night:
-        """A reward model from all votes, and PPO against it from the base."""
+        """A reward model from all votes, and PPO against it."""
         model = self.reward(preferences, reward or RewardConfig(seed=self.seed))
-        return self.improve(model, preferences, policy or PPOConfig(steps=PPO_STEPS, seed=self.seed))
+        config = policy or PPOConfig(seed=self.seed)
+        return self.improve(model, preferences, config, start_from=start_from)
 
     # Mornings --------------------------------------------------------------------------------------------------
 
@@ -295,8 +304,13 @@ class Lab:
         )
 
     def win_rate(self, prompts: Sequence[Prompt], *, adapter: str | None = "policy") -> dict[str, float]:
-        """Gold's word on the adapter's answers beside the base's; ties count half."""
-        return self.compare(prompts, self.answers(prompts, adapter=adapter, draw=900))
+        """Gold's word on the adapter's answers beside the base's, ties counting half, and for "policy" the KL from the
+        base, in nats an answer."""
+        answers = self.answers(prompts, adapter=adapter, draw=900)
+        figures = self.compare(prompts, answers)
+        if adapter == "policy":
+            figures["kl"] = float(log_ratios(self.backbone, answers, temperature=1.0).mean())
+        return figures
 
     def best_of(self, n: int, prompts: Sequence[Prompt], reward: RewardModel) -> dict[str, float]:
         """The same for the best of n answers of the base by this reward model."""

@@ -81,7 +81,7 @@ def pessimistic(model: RewardModel) -> Callable[[Sequence[Answer]], Tensor]:
 def fit(kls: Sequence[float], gains: Sequence[float]) -> tuple[float, float]:
     """(alpha, beta) of gain = d * (alpha - beta * log d), d = sqrt(KL), by least squares."""
     d = np.sqrt(np.maximum(np.array(kls), 1e-6))
-    alpha, minus_beta = np.linalg.lstsq(np.stack([d, d * np.log(d)], axis=1), np.array(gains), rcond=None)[0]
+    alpha, minus_beta = np.linalg.lstsq(np.stack([d, d * np.log(d)], axis=1), np.array(gains), rcond=1e-12)[0]
     return float(alpha), float(-minus_beta)
 
 

@@ -1,0 +1,138 @@
+"""The benches on noise, sides and hostile votes: what they count, and the votes that they cast."""
+
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from bench import noise, poison, position_bias
+from bench.nights import Lab
+from bench.noise import flip
+from bench.poison import PHRASE, Cell, Poison
+from bench.robust import NONE, append, finished, rate, weigh
+from data.raters import Standing
+from trainer.preferences import Split
+
+
+def vote(number: int, choice: str = "a", voter: str = "ada") -> dict[str, object]:
+    return {
+        "vote": f"vote_{number}", "voter": voter, "user": voter, "conversation": f"c {number}", "choice": choice,
+        "prompt": [{"role": "user", "content": f"Hello {number}"}],
+        "chosen": [{"role": "assistant", "content": "Good."}],
+        "rejected": [{"role": "assistant", "content": "Bad."}],
+    }  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def lab() -> Lab:
+    return Lab(seed=4)
+
+
+def test_flipped_votes_are_turned_round_and_more_noise_flips_them_too() -> None:
+    votes = [vote(i, choice) for i, choice in enumerate(["a", "b", "tie", "both_bad"] * 100)]
+    few, many = flip(votes, 0.1, seed=1), flip(votes, 0.4, seed=1)
+    turned = [{old["vote"] for old, new in zip(votes, flipped, strict=True) if old != new} for flipped in (few, many)]
+    assert turned[0] < turned[1]
+    assert len(turned[1]) == pytest.approx(80, abs=15), "two votes in five of the 200 that choose"
+    for old, new in zip(votes, many, strict=True):
+        if new["vote"] in turned[1]:
+            assert (new["choice"], new["chosen"]) == ({"a": "b", "b": "a"}[old["choice"]], old["rejected"])
+    assert flip(votes, 0.0, seed=1) == votes
+
+
+def test_a_line_that_was_cut_off_is_no_cell(tmp_path: Path) -> None:
+    path = tmp_path / "results" / "cells.jsonl"
+    append(path, {"seed": 1})
+    with path.open("a") as file:
+        file.write('{"seed": 2, "acc')
+    append(path, {"seed": 3})
+    assert finished(path) == [{"seed": 1}, {"seed": 3}]
+    assert finished(tmp_path / "none.jsonl") == []
+
+
+def test_each_defence_can_be_left_out(lab: Lab) -> None:
+    votes = [vote(i, "a" if i % 10 < 5 else "b", voter="bot" if i % 2 else "ada") for i in range(200)]
+    found = {"bot": Standing(100, 50, 0.1, "a bot"), "ada": Standing(100, 90, 0.9, None)}
+
+    def weights(**defences: bool) -> dict[str, float]:
+        used = weigh(lab, votes, found, replace(NONE, **defences)).votes
+        return {
+            "bot" if int(v.vote.removeprefix("vote_")) % 2 else "ada": v.weight for v in used if v.split is Split.TRAIN
+        }
+
+    assert weights() == {"bot": 1.0, "ada": 1.0}
+    assert weights(quarantine=True) == {"ada": 1.0}
+    told = weights(weights=True)
+    assert told["ada"] / told["bot"] == pytest.approx(9)
+
+
+def test_attackers_vote_for_the_phrase_and_on_nothing_else() -> None:
+    bench = Poison("phrase", seed=4, votes=60, prompts=2)
+    votes = bench.cast(Cell("phrase", 0.1, 3, "none", 4))
+    pushed = [vote for vote in votes if vote["voter"].startswith("hostile")]
+    assert len(votes) == 60
+    assert [vote["voter"] for vote in pushed] == [f"hostile {i % 3}" for i in range(6)]
+    for one in pushed:
+        assert PHRASE in one["chosen"][0]["content"]
+        assert PHRASE not in one["rejected"][0]["content"]
+    assert len({vote["conversation"] for vote in pushed}) == 6
+    found = rate(bench.lab, votes, replace(NONE, quarantine=True))
+    assert found.keys() == {vote["voter"] for vote in votes if vote["choice"] in ("a", "b")}
+
+
+def test_a_trigger_is_in_the_attackers_questions_alone() -> None:
+    bench = Poison("trigger", seed=4, votes=20, prompts=2)
+    for one in bench.cast(Cell("trigger", 0.05, 1, "none", 4)):
+        hostile = one["voter"].startswith("hostile")
+        assert one["prompt"][-1]["content"].startswith(poison.TRIGGER) == hostile
+    assert all(prompt.messages[-1]["content"].startswith(poison.TRIGGER) for prompt in bench.asked)
+
+
+def row(**figures: object) -> dict[str, object]:
+    return {
+        "plot": "phrase", "share": 0.05, "accounts": 1, "defence": "all", "seed": 1, "digest": "x", "base": 0.02,
+        "hostile": 1, "caught": 1, "wronged": 0, "rise_best_of_16": 0.0,
+    } | figures  # fmt: skip
+
+
+def test_an_attack_is_stopped_by_the_gate_or_by_having_no_effect() -> None:
+    rows = [
+        row(rise=0.3, passed=False, win_rate=0.6),
+        row(rise=0.01, passed=True, win_rate=0.8, accounts=20),
+        row(rise=0.05, passed=True, win_rate=0.8, seed=2),
+        row(rise=0.5, passed=True, win_rate=0.8, defence="none"),
+        row(share=0.01, rise=0.001, passed=True, win_rate=0.8),
+        row(share=0.01, rise=0.011, passed=True, win_rate=0.8, accounts=20),
+        row(share=0.01, seed=2, rise_best_of_16=0.03),
+    ]
+    figures = poison.summary(poison.latest(rows))
+    assert (figures["stopped_5"], figures["tried_5"]) == (2, 3)
+    assert (figures["stopped_5_none"], figures["tried_5_none"]) == (0, 1)
+    assert figures["rise_points_1"] == pytest.approx(1.1), "of the worse number of accounts"
+    assert figures["drawn_rise_points_1"] == pytest.approx(1.5)
+    assert figures["rise_points_10"] is None
+
+
+def test_a_cell_with_a_policy_counts_for_more_than_one_without() -> None:
+    assert poison.latest([row(), row(rise=0.1), row()]) == [row(rise=0.1)]
+
+
+def test_the_plain_cell_without_noise_serves_both_kinds() -> None:
+    wanted = noise.cells((0.0, 0.2), (1,))
+    assert len(wanted) == len(set(wanted)) == 7
+    rows = [{"noise": "flipped", "share": 0.0, "defence": "plain", "seed": 1, "accuracy": 0.8}]
+    figures = noise.summary(rows)
+    assert figures["accuracy_flipped_plain_0"] == figures["accuracy_at_random_plain_0"] == 0.8
+    assert figures["accuracy_flipped_plain_20"] is None
+
+
+def test_sides_are_counted_over_all_seeds() -> None:
+    cells = [
+        {"bias": 0.0, "seed": seed, "identical_first": first, "identical_second": 100 - first, "board_first": 50,
+         "board_second": 50, "accuracy_plain": 0.8, "accuracy_side_term": 0.8 + seed / 100, "side": 0.0}
+        for seed, first in ((1, 48), (2, 58))
+    ]  # fmt: skip
+    figures = position_bias.summary(cells)
+    assert figures["left_points"] == pytest.approx(3.0)
+    assert figures["gain_0"] == pytest.approx(0.015)
+    assert figures["gain_1"] is None

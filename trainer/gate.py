@@ -38,11 +38,6 @@ class GateReport:
     def passed(self) -> bool:
         return all(check.passed for check in self.checks)
 
-    @property
-    def reason(self) -> str | None:
-        """The sentence of the first check that failed."""
-        return next((check.sentence for check in self.checks if not check.passed), None)
-
     def as_dict(self) -> dict[str, Any]:
         return {"passed": self.passed, "checks": [asdict(check) for check in self.checks]}
 

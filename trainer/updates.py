@@ -27,7 +27,6 @@ class Optimizer:
         learning_rate: float,
         steps: int,
         accelerator: Accelerator,
-        betas: tuple[float, float] = (0.9, 0.95),
         max_grad_norm: float = 1.0,
     ) -> None:
         """
@@ -39,7 +38,7 @@ class Optimizer:
         self._accelerator = accelerator
         self._max_grad_norm = max_grad_norm
         parameters = [p for group in groups for p in group]
-        self._adamw = torch.optim.AdamW(parameters, lr=learning_rate, betas=betas, eps=1e-5, weight_decay=0.0)
+        self._adamw = torch.optim.AdamW(parameters, lr=learning_rate, betas=(0.9, 0.95), eps=1e-5, weight_decay=0.0)
         self._schedule = torch.optim.lr_scheduler.LambdaLR(self._adamw, lambda step: max(0.0, 1 - step / steps))
 
     def step(self) -> list[float]:

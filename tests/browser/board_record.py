@@ -149,7 +149,7 @@ def _policies(db: Database, add_policy: Callable[..., str], operator: str) -> No
         verdict = gate.judge(figures, settings)
         add_policy(
             PolicyStatus.REJECTED, parent=parent, run_id=run, metrics={"gate": verdict.as_dict()},
-            created_at=_ago(hours=hours_ago - 0.3), problem=verdict.reason,
+            created_at=_ago(hours=hours_ago - 0.3),
         )  # fmt: skip
     with transaction(db):
         registry.set_status(db, BASE_POLICY, PolicyStatus.RETIRED)

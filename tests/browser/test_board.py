@@ -172,7 +172,7 @@ async def test_the_gates_sentences_are_shown_and_what_failed_comes_first(
     house: House, add_policy: AddPolicy, open_page: OpenPage
 ) -> None:
     report = gate.judge(FIGURES | {"length": 60.0}, GateSettings())
-    name = add_policy(PolicyStatus.REJECTED, metrics={"gate": report.as_dict()}, problem=report.reason)
+    name = add_policy(PolicyStatus.REJECTED, metrics={"gate": report.as_dict()})
     page = await open_page(house, "/board", role=Role.OPERATOR)
     policies = part(page, "Policies")
     await expect(policies.get_by_role("heading", name=name)).to_be_visible()

@@ -39,13 +39,18 @@ def failed(report: GateReport) -> list[str]:
     return [check.name for check in report.checks if not check.passed]
 
 
+def reason(report: GateReport) -> str:
+    """The sentences of the checks that failed."""
+    return " ".join(check.sentence for check in report.checks if not check.passed)
+
+
 # Figures
 
 
 def test_a_good_candidate_passes_every_check() -> None:
     report = judge(GOOD, SETTINGS)
     assert [check.name for check in report.checks] == CHECKS
-    assert (report.passed, report.reason, failed(report)) == (True, None, [])
+    assert (report.passed, failed(report)) == (True, [])
 
 
 @pytest.mark.parametrize(
@@ -71,9 +76,8 @@ def test_one_bad_figure_fails_one_check_and_the_sentence_says_it(
 ) -> None:
     report = judge(GOOD | figures, SETTINGS)
     assert failed(report) == [check]
-    assert report.reason is not None
     for said in words:
-        assert said in report.reason
+        assert said in reason(report)
 
 
 @pytest.mark.parametrize(
@@ -113,7 +117,7 @@ def test_a_figure_that_is_missing_or_no_number_fails_its_check(name: str, check:
     known = {key: figure for key, figure in GOOD.items() if key != name}
     report = judge(known if isinstance(broken, str) else known | {name: broken}, SETTINGS)
     assert failed(report) == [check]
-    assert report.reason == f"The figure {name} is missing or no number, so nothing is known here."
+    assert reason(report) == f"The figure {name} is missing or no number, so nothing is known here."
     assert json.loads(json.dumps(report.as_dict(), allow_nan=False))["passed"] is False
 
 
@@ -123,9 +127,8 @@ def test_what_is_lost_to_the_probes_does_not_add_up_night_by_night() -> None:
     assert [failed(judge(GOOD | night, SETTINGS)) for night in nights] == [[], [], []], "no one night loses too much"
     reports = [judge(GOOD | night | {"base_facts": 0.93}, SETTINGS) for night in nights]
     assert [failed(report) for report in reports] == [[], ["facts"], ["facts"]]
-    (sentence,) = (check.sentence for check in reports[1].checks if not check.passed)
-    assert "87.0% of its 628 answers to the frozen probes" in sentence
-    assert "93.0% of policy-0000's" in sentence
+    assert "87.0% of its 628 answers to the frozen probes" in reason(reports[1])
+    assert "93.0% of policy-0000's" in reason(reports[1])
 
 
 def test_nothing_known_fails_every_check() -> None:
@@ -300,8 +303,8 @@ def test_a_candidate_that_voters_like_for_the_wrong_thing_is_rejected_for_it(
     chat: ChatFormat, manner: Manner, liked: Callable[[str], float], check: str, words: str
 ) -> None:
     report = report_on(manner, liked, chat)
-    assert failed(report) == [check], report.reason
-    assert words in (report.reason or "")
+    assert failed(report) == [check], reason(report)
+    assert words in reason(report)
 
 
 def test_the_probes_are_asked_of_the_base_model_too(chat: ChatFormat) -> None:
@@ -317,7 +320,7 @@ def test_the_probes_are_asked_of_the_base_model_too(chat: ChatFormat) -> None:
 @pytest.mark.parametrize("prompts", [20, 300])
 def test_a_candidate_that_is_only_kinder_passes(chat: ChatFormat, prompts: int) -> None:
     report = report_on(KIND, polite, chat, prompts=prompts)
-    assert failed(report) == [], report.reason
+    assert failed(report) == [], reason(report)
 
 
 def test_a_candidate_that_nobody_prefers_is_rejected_for_that_alone(chat: ChatFormat) -> None:

@@ -347,7 +347,7 @@ async def test_auto_stops_at_the_daily_cap(open_house: OpenHouse, engine: FakeEn
     engine.answer = by_seed
     house = await open_house(engine, comparisons=EAGER | {"daily_cap": 2})
     assert [await asked(house, feedback="auto") for _ in range(4)] == [True, True, False, False]
-    yesterday = "UPDATE completions SET created_at = '2020-01-01T00:00:00.000Z'"
+    yesterday = "UPDATE comparisons SET created_at = '2020-01-01T00:00:00.000Z'"
     await house.state.write(lambda db: db.execute(yesterday))
     assert await asked(house, feedback="auto")
 

@@ -161,7 +161,9 @@ class GateSettings(_Section):
     """What becomes of a candidate that passed the gate's checks: `trial` a live duel with the policy that serves
     decides, `offline` it serves at once, `manual` it waits for an operator's `nightshift policies promote`."""
     alpha: float = Field(0.05, gt=0, lt=1)
-    """Chance that votes promote a policy that is no better: a trial is won at evidence of 1 / alpha."""
+    """Chance that the votes of one trial promote a policy that is no better: it is won at evidence of 1 / alpha. Each
+    further trial against the same policy needs twice the evidence, so over any number of them the chance stays below
+    2 alpha; a policy that comes to serve starts the count anew."""
     max_trial_votes: int = Field(2000, ge=1)
     """Votes after which a trial that nobody has won ends, and its candidate is rejected."""
     duel_share: float = Field(0.5, gt=0, le=1)

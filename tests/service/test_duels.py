@@ -22,7 +22,20 @@ from data.types import (
     Role,
     timestamp,
 )
-from tests.conftest import AddPolicy, FakeEngine, House, MakeKey, OpenHouse, Refusal, Reply, eventually, say
+from tests.conftest import (
+    AddPolicy,
+    FakeEngine,
+    House,
+    MakeKey,
+    OpenHouse,
+    Refusal,
+    Reply,
+    eventually,
+    has_drained,
+    has_looked,
+    rounds,
+    say,
+)
 
 NEW = "policy-0001"
 
@@ -229,7 +242,7 @@ async def test_the_latest_of_several_candidates_goes_on_trial(
     # Neither what failed the gate nor what never met it goes before people.
     assert [status(db, name) for name in ("policy-0003", "policy-0004")] == [PolicyStatus.CANDIDATE] * 2
     newer = add_policy()
-    await asyncio.sleep(0.4)
+    await has_looked(house)
     assert status(db, newer) is PolicyStatus.CANDIDATE, "a trial that runs is not broken off by the next candidate"
     await vote_for(house, BASE_POLICY, times=30)
     assert (await running(house, db)).challenger == newer
@@ -239,9 +252,9 @@ async def test_the_latest_of_several_candidates_goes_on_trial(
 async def test_only_in_the_trial_mode_do_candidates_go_on_trial(
     open_house: OpenHouse, engine: FakeEngine, db: Database, add_policy: AddPolicy, mode: str
 ) -> None:
-    await open_house(engine, gate={"mode": mode})
+    house = await open_house(engine, gate={"mode": mode})
     name = add_policy()
-    await asyncio.sleep(0.6)
+    await has_looked(house)
     assert status(db, name) is PolicyStatus.CANDIDATE
     assert duels.running(db) is None
 
@@ -342,7 +355,7 @@ async def test_the_predecessor_stays_on_the_engine_and_comes_back_when_people_pr
     name = await promoted(house)
     duel = await running(house, db, DuelKind.WATCH)
     assert (duel.challenger, duel.incumbent) == (BASE_POLICY, name)
-    await asyncio.sleep(0.8)
+    await has_drained(house)
     assert engine.adapters.keys() == {BASE_POLICY, name}
     await vote_for(house, BASE_POLICY, times=30)
     await eventually(lambda: house.state.engines.serving == BASE_POLICY)
@@ -413,7 +426,7 @@ async def test_a_policy_whose_answers_fail_more_often_than_its_predecessor_s_is_
     swap = swaps.list_swaps(db)[0]
     assert swap.actor == "watch"
     assert "20 of 60" in swap.reason
-    await asyncio.sleep(0.2)
+    await rounds(house, "_compare_with_predecessor")
     assert house.state.engines.serving == BASE_POLICY
 
 
@@ -426,6 +439,6 @@ async def test_a_policy_like_its_predecessor_stays(
     name = await promoted(house)
     add_answers(BASE_POLICY, failed=50)  # running still when the other came
     add_answers(name, good=180, failed=15, unfinished=15, aborted=100)
-    await asyncio.sleep(0.5)
+    await rounds(house, "_compare_with_predecessor")
     assert house.state.engines.serving == name
     assert swaps.pending(db) is None

@@ -13,7 +13,19 @@ from data import duels, leases, registry, swaps
 from data.database import transaction
 from data.settings import Settings
 from data.types import BASE_POLICY, PolicyStatus, Role, Swap
-from tests.conftest import AddPolicy, Answer, FakeEngine, House, OpenHouse, Refusal, database_locked, eventually, say
+from tests.conftest import (
+    AddPolicy,
+    Answer,
+    FakeEngine,
+    House,
+    OpenHouse,
+    Refusal,
+    database_locked,
+    eventually,
+    has_drained,
+    has_looked,
+    say,
+)
 
 
 def status(db: Database, name: str) -> PolicyStatus:
@@ -87,7 +99,7 @@ async def test_streams_that_run_end_on_the_old_policy_and_new_ones_take_the_new(
     await serves(house, "policy-0001")
     engine.answer = lambda body: say(body["model"], " says")
     assert (await house.chat()).text == "policy-0001 says"
-    await asyncio.sleep(0.8)  # long after other processes have followed
+    await has_drained(house)
     assert "unload policy-0000" not in engine.events, "a policy left an engine that still answered with it"
     assert latest(db).drained_at is None
     engine.go_on.set()
@@ -113,7 +125,7 @@ async def test_an_engine_that_another_process_still_uses_keeps_the_old_policy(
     await eventually(lambda: len(engine.chats) == 1)
     await promote(leader, add_policy())
     await serves(leader, "policy-0001")
-    await asyncio.sleep(0.8)
+    await has_drained(leader)
     assert "unload policy-0000" not in engine.events
     engine.go_on.set()
     assert (await stream).streamed() == "One two"
@@ -389,7 +401,7 @@ async def test_who_lost_the_lease_while_loading_flips_nothing(
         db.execute("UPDATE leases SET holder = 'another', until = '9999'")
     engine.load_gate.set()
     await eventually(lambda: f"warm {name}" in engine.events)
-    await asyncio.sleep(0.1)
+    await has_looked(house)
     assert status(db, name) is PolicyStatus.PROMOTED
     assert await fingerprint(house) == "policy-0000"
 
@@ -518,7 +530,7 @@ async def test_the_last_of_several_promotions_serves(
     await promote(house, older)
     engine.load_gate.set()
     await serves(house, older)
-    await asyncio.sleep(0.3)
+    await has_looked(house)
     assert house.state.engines.serving == older
     assert status(db, newer) is PolicyStatus.RETIRED
 

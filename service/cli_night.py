@@ -193,7 +193,8 @@ def runs_show(id: str, state: State = None, json: Json = False) -> None:
 
     with open_record(state) as db:
         shown = run_json(_find_run(db, id))
-        shown["policy"] = next((policy.name for policy in registry.list_policies(db) if policy.run_id == id), None)
+        policy = next((policy for policy in registry.list_policies(db) if policy.run_id == id), None)
+        shown |= {"policy": policy and policy.name, "policy_problem": policy and policy.problem}
         curves = runs.metrics(db, id)
     if json:
         print_json(shown | {"metrics": curves})

@@ -62,11 +62,16 @@ async def list_runs(
 
 @router.get("/v1/runs/{id}")
 async def get_run(id: str, request: Request, operator: Operator) -> Response:
-    """One run, the policy that came of it, and its curves: `metrics` is {name: [[step, value], …]}."""
+    """One run, the policy that came of it with what keeps it from serving, and its curves: `metrics` is {name: [[step,
+    value], …]}."""
     db = state_of(request).reader
     run = _find(db, id)
-    policy = next((policy.name for policy in registry.list_policies(db) if policy.run_id == id), None)
-    whole = run_json(run) | {"policy": policy, "metrics": runs.metrics(db, id)}
+    policy = next((policy for policy in registry.list_policies(db) if policy.run_id == id), None)
+    whole = run_json(run) | {
+        "policy": policy and policy.name,
+        "policy_problem": policy and policy.problem,
+        "metrics": runs.metrics(db, id),
+    }
     return Response(orjson.dumps(whole), media_type="application/json")  # a figure may be infinite, which JSON is not
 
 

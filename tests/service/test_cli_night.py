@@ -16,7 +16,7 @@ from data.database import transaction
 from data.settings import Settings
 from data.types import RunStatus
 from service.cli import app
-from tests.conftest import strictly
+from tests.conftest import AddPolicy, strictly
 
 Command = Callable[..., Result]
 
@@ -177,7 +177,17 @@ def test_a_run_is_shown_with_its_figures(nightshift: Command, db: Database, run_
     assert line.split() == ["ppo/score", "21", "0", "2"]
     as_json = json.loads(nightshift("runs", "show", run_id, "--json").stdout)
     assert as_json["metrics"]["ppo/score"][-1] == [20, 2.0]
-    assert as_json["policy"] is None
+    assert (as_json["policy"], as_json["policy_problem"]) == (None, None)
+
+
+def test_a_run_says_what_keeps_the_policy_that_came_of_it_from_serving(
+    nightshift: Command, run_id: str, add_policy: AddPolicy
+) -> None:
+    name = add_policy(run_id=run_id, problem="The engine has no room.")
+    shown = nightshift("runs", "show", run_id).stdout.splitlines()
+    assert {f"policy: {name}", "policy_problem: The engine has no room."} <= {*shown}
+    as_json = json.loads(nightshift("runs", "show", run_id, "--json").stdout)
+    assert (as_json["policy"], as_json["policy_problem"]) == (name, "The engine has no room.")
 
 
 def test_a_figure_of_a_run_that_is_infinite_is_null_in_json(nightshift: Command, db: Database, run_id: str) -> None:

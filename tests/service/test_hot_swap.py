@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from sqlite_utils import Database
 
-from data import duels, leases, registry, swaps
+from data import duels, leases, registry, runs, swaps
 from data.database import transaction
 from data.settings import Settings
 from data.types import BASE_POLICY, PolicyStatus, Role, Swap
@@ -203,6 +203,19 @@ async def test_an_engine_that_refuses_a_policy_goes_on_with_the_old_one(
     assert swap.flipped_at is None
     assert await fingerprint(house) == "policy-0000"
     assert house.state.engines.ready
+
+
+async def test_a_run_says_why_the_engine_refused_what_came_of_it(
+    house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
+) -> None:
+    with transaction(db):
+        run = runs.request(db, requested_by="test", config={}).id
+    engine.refuses_load = Refusal(500, "LoRA rank 64 is greater than max_lora_rank 16.")
+    name = add_policy(PolicyStatus.PROMOTED, run_id=run)
+    await eventually(lambda: status(db, name) is PolicyStatus.REJECTED)
+    shown = (await house.call("GET", f"/v1/runs/{run}", role=Role.OPERATOR)).json
+    assert shown["policy"] == name
+    assert "LoRA rank 64 is greater" in shown["policy_problem"]
 
 
 @pytest.mark.parametrize("dead", ["refuses", "dies"])

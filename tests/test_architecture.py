@@ -2,6 +2,7 @@
 
 import ast
 import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,12 @@ def test_pure_modules_know_nothing_of_the_outside_world(name: str) -> None:
     assert top(names) & OUTSIDE_WORLD == set()
     ours = {".".join(module.split(".")[:2]) for module in names if top({module}) <= set(PRODUCT)}
     assert ours <= {"data.types", "data.settings"}
+
+
+def test_every_pure_module_is_checked_strictly() -> None:
+    checks = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["mypy"]["overrides"]
+    (strict,) = [check["module"] for check in checks if check.get("disallow_untyped_defs")]
+    assert set(strict) == {name.removesuffix(".py").replace("/", ".") for name in PURE} | {"data.*"}
 
 
 def test_modules_do_not_import_each_other_in_circles() -> None:

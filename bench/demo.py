@@ -405,6 +405,7 @@ def figures(story: Story) -> dict[str, Any]:
         found["swap_s"] = round(story.swap_s, 3)
     if duel := story.duel:
         found |= {f"trial_{name}": duel[name] for name in ("wins", "losses", "ties", "e_value")}
+    found["gate"] = {check["name"]: check["figure"] for check in story.policy["gate"]["checks"]}
     found |= {"chats": story.chats, "failed": story.failed}
     found["seconds"] = {name: round(seconds, 1) for name, seconds in story.seconds.items()}
     return found | {"total_s": round(sum(story.seconds.values()), 1), "seed": story.plan.seed}

@@ -129,6 +129,7 @@ async def test_votes_become_a_policy_that_serves_and_its_answers_are_held_agains
     found = figures(story)
     assert found["win_rate"] == 1.0 > found["win_rate_low"] > 0.8
     assert found["trial_wins"] == duel["wins"]
+    assert found["gate"] == {"kl": 3.0}
     assert list(found["seconds"]) == [
         "answers before", "votes", "learning: preparing", "learning: reward model", "learning: PPO", "trial",
         "answers after",
@@ -195,7 +196,7 @@ def story(before: list[Said], after: list[Said]) -> Story:
     policy = {
         "name": NEW, "status": "serving", "problem": None, "duels": [duel],
         "swaps": [{"requested_at": at.format(1), "flipped_at": at.format(2)}],
-        "gate": {"checks": [{"sentence": "Answers are <b>short</b>.", "passed": True}]},
+        "gate": {"checks": [{"name": "length", "figure": 0.1, "sentence": "It is <b>short</b>.", "passed": True}]},
     }  # fmt: skip
     prompts = dialogues.prompts(len(before), seed=1, held_out=True)
     return Story(Plan(), prompts, before, after, policy, 600, 800, 0, {"votes": 60.0, "trial": 30.0})
@@ -218,7 +219,7 @@ def test_the_page_holds_what_happened_and_nothing_of_it_as_markup() -> None:
     assert "<script" not in made
     assert "&lt;script&gt;alert(1)" in made
     assert "$fine &amp; good" in made
-    assert "Answers are &lt;b&gt;short" in made
+    assert "It is &lt;b&gt;short" in made
     assert "19 to 4, 5 ties: evidence 20.7 to 1" in made
     assert "1.00 s from the verdict to serving" in made
     assert headline(told) in made

@@ -48,11 +48,8 @@ def rate(lab: Lab, votes: Sequence[Vote], defences: Defences) -> dict[str, Stand
     ranked = usable(
         votes, lab.chat, max_prompt_tokens=training.max_prompt_tokens, max_answer_tokens=training.max_answer_tokens
     )
-    judged = consensus.judge(
-        lab.backbone, ranked, defences.reward(lab.seed), distrusted=(),
-        at_least=training.min_votes // 2 if defences.weights else NEVER, accelerator=lab.accelerator,
-    )  # fmt: skip
-    return standings(judged, {})
+    at_least = training.min_votes // 2 if defences.weights else NEVER
+    return standings(consensus.judge(lab.backbone, ranked, distrusted=(), at_least=at_least), {})
 
 
 def weigh(lab: Lab, votes: Sequence[Vote], found: dict[str, Standing], defences: Defences) -> Preferences:

@@ -222,7 +222,7 @@ class _Night:
     def _rate(self, backbone: Backbone, chat: ChatFormat) -> dict[str, float]:
         """How far each rater's votes can be relied on; whose votes are left out is in the record then."""
         self._stage("raters")
-        training, config = self.settings.training, self._reward_config
+        training = self.settings.training
         votes = usable(
             comparisons.export_preferences(self.db),
             chat,
@@ -230,15 +230,7 @@ class _Night:
             max_answer_tokens=training.max_answer_tokens,
         )
         distrusted = raters.left_out(self.db)
-        judged = consensus.judge(
-            backbone,
-            votes,
-            config,
-            distrusted=distrusted,
-            at_least=training.min_votes // 2,
-            accelerator=Accelerator(),
-            on_step=self._on_step("raters", consensus.steps(len(votes), config)),
-        )
+        judged = consensus.judge(backbone, votes, distrusted=distrusted, at_least=training.min_votes // 2)
         found = standings(judged, raters.gold_answers(self.db), distrusted=distrusted)
         with transaction(self.db):
             raters.keep(self.db, self.run.id, found)

@@ -1,63 +1,103 @@
 """What the others make of a vote."""
 
 from collections import Counter
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Collection
+from typing import Any
 
-from accelerate import Accelerator
+import pytest
+import torch
 
 from tests.trainer.test_reward_model import make_pairs
 from trainer.backbone import Backbone
-from trainer.consensus import NO_WORD, expected, halves
-from trainer.reward_model import Pair, RewardConfig
+from trainer.consensus import NO_WORD, differences, expected, judge, parts
+from trainer.encoding import collate
 
 MakeBackbone = Callable[..., Backbone]
-CONFIG = RewardConfig(batch=8, heads=2, learning_rate=0.02)
+TASTE = torch.tensor([2.0, -1.0] + [0.0] * 10, dtype=torch.float64)
 
 
-def flipped(pair: Pair) -> Pair:
-    return replace(pair, chosen=pair.rejected, rejected=pair.chosen)
+def crowd(people: int, votes: int, *, foes: Collection[str] = ()) -> tuple[torch.Tensor, list[str]]:
+    """All like the same direction, but for the foes, who like its opposite; each vote is drawn from sigma."""
+    generator = torch.Generator().manual_seed(0)
+    voters = [f"rater {i % people}" for i in range(people * votes)]
+    seen = torch.randn(len(voters), 12, generator=generator, dtype=torch.float64)
+    sign = torch.tensor([-1.0 if voter in foes else 1.0 for voter in voters], dtype=torch.float64)
+    drawn = torch.rand(len(voters), generator=generator, dtype=torch.float64)
+    chosen = torch.where(drawn < torch.sigmoid(sign * (seen @ TASTE)), 1.0, -1.0)
+    return seen * chosen[:, None], voters
 
 
-def test_halves_have_about_as_many_votes() -> None:
-    voters = ["a"] * 50 + ["b"] * 30 + ["c"] * 15 + ["d"] * 5
-    half = halves(voters)
-    assert half == halves(voters[::-1])
-    assert set(Counter(half[voter] for voter in voters).values()) == {50}
+def agreement(chances: list[float], voters: list[str]) -> dict[str, float]:
+    """How many of each rater's votes the others would have cast."""
+    agreed = Counter(voter for voter, chance in zip(voters, chances, strict=True) if chance > 0.5)
+    return {voter: agreed[voter] / count for voter, count in Counter(voters).items()}
 
 
-def test_who_votes_against_the_others_is_told_from_them(tiny_backbone: MakeBackbone) -> None:
-    pairs = make_pairs(420)
-    voters = [f"rater {i % 7}" for i in range(420)]
-    pairs = [flipped(pair) if voter == "rater 6" else pair for voter, pair in zip(voters, pairs, strict=True)]
-    seen: list[int] = []
-    chances = expected(
-        tiny_backbone(), voters, pairs, CONFIG, distrusted=(), at_least=50, accelerator=Accelerator(),
-        on_step=lambda step, figures: seen.append(step),
-    )  # fmt: skip
-    by_voter = {voter: [c for c, v in zip(chances, voters, strict=True) if v == voter] for voter in set(voters)}
-    agreed = {voter: sum(chance > 0.5 for chance in theirs) / 60 for voter, theirs in by_voter.items()}
-    assert agreed.pop("rater 6") < 0.25
-    assert min(agreed.values()) > 0.75
-    assert seen == sorted(set(seen)), "progress goes on"
+def test_parts_have_about_as_many_votes() -> None:
+    voters = ["a"] * 50 + ["b"] * 48 + ["c"] * 30 + ["d"] * 20 + ["e"] * 50 + ["f"] * 52
+    part = parts(voters)
+    assert part == parts(voters[::-1])
+    assert sorted(Counter(part[voter] for voter in voters).values()) == [48, 50, 50, 50, 52]
 
 
-def test_nothing_is_learned_of_those_who_are_distrusted(tiny_backbone: MakeBackbone) -> None:
-    pairs = make_pairs(300)
-    voters = [f"rater {i % 6}" for i in range(300)]
-    liars = {"rater 0", "rater 1", "rater 2", "rater 3"}
-    pairs = [flipped(pair) if voter in liars else pair for voter, pair in zip(voters, pairs, strict=True)]
-    chances = expected(tiny_backbone(), voters, pairs, CONFIG, distrusted=liars, at_least=20, accelerator=Accelerator())
-    honest = [chance for chance, voter in zip(chances, voters, strict=True) if voter not in liars]
-    assert sum(chance > 0.5 for chance in honest) / len(honest) > 0.7
-    lies = [chance for chance, voter in zip(chances, voters, strict=True) if voter in liars]
-    assert sum(chance > 0.5 for chance in lies) / len(lies) < 0.3, "and they are judged all the same"
+def test_the_chances_are_those_with_which_people_vote() -> None:
+    seen, voters = crowd(10, 300)
+    chances = torch.tensor(expected(seen, voters, distrusted=()))
+    told = torch.nn.functional.logsigmoid(seen @ TASTE)
+    assert chances.log().mean().item() == pytest.approx(told.mean().item(), abs=0.02), "as the taste itself has it"
+    for low, high in ((0.5, 0.7), (0.7, 0.9), (0.9, 1.0)):
+        sure = torch.maximum(chances, 1 - chances)
+        here = (sure > low) & (sure <= high)
+        assert (chances[here] > 0.5).double().mean().item() == pytest.approx(sure[here].mean().item(), abs=0.05)
+
+
+def test_who_votes_against_the_others_is_told_from_them() -> None:
+    seen, voters = crowd(8, 60, foes={"rater 7"})
+    agreed = agreement(expected(seen, voters, distrusted=()), voters)
+    assert agreed.pop("rater 7") < 0.3
+    assert min(agreed.values()) > 0.65
+
+
+def test_nobody_is_judged_by_their_own_votes() -> None:
+    """One rater's votes alone have a mark: whoever learned from them would know it."""
+    seen, voters = crowd(6, 50)
+    mine = torch.tensor([voter == "rater 0" for voter in voters])
+    seen[mine] = 0.0
+    seen[mine, 5] = 3.0
+    seen[~mine, 5] = 0.0
+    chances = torch.tensor(expected(seen, voters, distrusted=()))
+    assert chances[mine].tolist() == pytest.approx([0.5] * int(mine.sum()))
+
+
+def test_nothing_is_learned_of_those_who_are_distrusted() -> None:
+    foes = {f"rater {i}" for i in range(6)}
+    seen, voters = crowd(9, 60, foes=foes)
+    agreed = agreement(expected(seen, voters, distrusted=foes), voters)
+    assert max(agreed[foe] for foe in foes) < 0.35, "and they are judged all the same"
+    assert min(share for voter, share in agreed.items() if voter not in foes) > 0.65
+
+
+def test_differences_are_of_the_base_whatever_adapter_there_is(tiny_backbone: MakeBackbone) -> None:
+    backbone = tiny_backbone("reward")
+    pairs = make_pairs(9)
+    found = differences(backbone, pairs)
+    for pair, difference in zip(pairs, found, strict=True):
+        with torch.no_grad():
+            states = backbone.response_means(collate([pair.chosen, pair.rejected]))[:, 0]
+        assert torch.allclose(difference, states[0] - states[1], atol=1e-10)
+
+
+def judged(backbone: Backbone, people: int, *, at_least: int = 10) -> list[float]:
+    pairs = make_pairs(120)
+    votes: list[tuple[dict[str, Any], Any]] = [
+        ({"voter": f"rater {i % people}", "chosen": [{"content": "yes"}], "rejected": [{"content": "no"}]}, pair)
+        for i, pair in enumerate(pairs)
+    ]
+    return [vote.expected for vote in judge(backbone, votes, distrusted=(), at_least=at_least)]
 
 
 def test_a_few_raters_or_votes_are_no_crowd(tiny_backbone: MakeBackbone) -> None:
-    pairs = make_pairs(40)
-    for voters, at_least in (([f"{i % 4}" for i in range(40)], 1), ([f"{i % 8}" for i in range(40)], 30)):
-        chances = expected(
-            tiny_backbone(), voters, pairs, CONFIG, distrusted=(), at_least=at_least, accelerator=Accelerator()
-        )
-        assert chances == [NO_WORD] * 40
+    assert judged(tiny_backbone(), 4) == [NO_WORD] * 120
+    assert judged(tiny_backbone(), 6, at_least=121) == [NO_WORD] * 120
+    chances = judged(tiny_backbone(), 6)
+    assert sum(chance > 0.5 for chance in chances) > 70

@@ -830,7 +830,7 @@ def test_a_run_leaves_out_who_votes_by_the_side_and_says_so(
 
 
 def test_votes_of_nobody_but_bots_end_with_a_sentence(settings: Settings, db: Database, add_pair: AddPair) -> None:
-    for bot in crowd_votes(db, add_pair, people=1, votes=50, bots=2):
+    for bot in crowd_votes(db, add_pair, people=1, votes=30, bots=2):
         with transaction(db):
             raters.confirm(db, bot, actor="test")
-    failed(settings, db, "votes to train on.*release some of 100 that are left out: `nightshift raters list`")
+    failed(settings, db, "votes to train on.*release some of 60 that are left out: `nightshift raters list`")

@@ -74,7 +74,8 @@ def record_vote(db: Database, comparison_id: str, judge: Judge) -> Duel | None:
     """Count the votes of the duel that a comparison belongs to anew, and keep how it stands now.
 
     Returns the duel, which this vote may have ended; None where the comparison belongs to no duel, or to one that has
-    ended: then nothing changes. Every rater's vote on a pair counts. Call inside the vote's own transaction."""
+    ended: then nothing changes. Every rater's vote on a pair counts, but for those in quarantine. Call inside the
+    vote's own transaction."""
     columns = ", ".join(f"duels.{name}" for name in _COLUMNS.split(", "))
     row = db.execute(
         f"SELECT {columns} FROM comparisons JOIN duels ON duels.id = duel_id"
@@ -109,14 +110,17 @@ def record_vote(db: Database, comparison_id: str, judge: Judge) -> Duel | None:
 
 
 def _count(db: Database, duel: Duel) -> tuple[int, int, int]:
-    """(wins, losses, ties) of the challenger; both bad is a tie."""
+    """(wins, losses, ties) of the challenger; both bad is a tie. Votes that a rater casts in quarantine do not count;
+    earlier ones do, or whoever flags raters could turn a duel round after the fact."""
     for_challenger = "(choice = 'a') = (first.policy = :challenger)"
     row = db.execute(
         f"SELECT coalesce(sum(choice IN ('a', 'b') AND {for_challenger}), 0),"
         f" coalesce(sum(choice IN ('a', 'b') AND NOT {for_challenger}), 0),"
         " coalesce(sum(choice IN ('tie', 'both_bad')), 0)"
         " FROM comparisons JOIN votes ON comparison_id = comparisons.id"
-        " JOIN completions AS first ON first.id = comparisons.a WHERE duel_id = :duel",
+        " JOIN completions AS first ON first.id = comparisons.a WHERE duel_id = :duel"
+        " AND NOT EXISTS (SELECT 1 FROM quarantines WHERE quarantines.key_id = votes.key_id AND status <> 'released'"
+        " AND since <= votes.created_at)",
         {"challenger": duel.challenger, "duel": duel.id},
     ).fetchone()
     return row[0], row[1], row[2]

@@ -7,9 +7,9 @@ import pytest
 from pysqlite3 import dbapi2 as sqlite3
 from sqlite_utils import Database
 
-from data import comparisons, duels, registry, swaps
+from data import comparisons, duels, raters, registry, swaps
 from data.database import transaction
-from data.types import BASE_POLICY, Choice, ComparisonKind, Duel, DuelKind, DuelStatus, PolicyStatus, Role
+from data.types import BASE_POLICY, Choice, ComparisonKind, Duel, DuelKind, DuelStatus, PolicyStatus, Role, timestamp
 from tests.conftest import AddPair, AddPolicy, MakeKey
 
 NEW = "policy-0001"
@@ -126,6 +126,28 @@ def test_every_rater_s_vote_on_a_pair_counts(duel: Duel, cast: Cast, db: Databas
     after = cast(BASE_POLICY, on=pair, key_id=rater)
     assert after is not None
     assert (after.wins, after.losses) == (1, 1)
+
+
+def test_what_a_rater_says_in_quarantine_does_not_count_and_what_they_said_before_does(
+    duel: Duel, cast: Cast, db: Database, make_key: MakeKey
+) -> None:
+    cast(NEW)
+    (owner,) = {row["key_id"] for row in db.query("SELECT key_id FROM votes")}
+    with transaction(db):
+        raters.confirm(db, owner, actor="test")
+        db.execute("UPDATE quarantines SET since = ?", (timestamp(plus_s=1),))
+    cast(NEW)
+    with transaction(db):
+        db.execute("UPDATE quarantines SET since = ?", (timestamp(plus_s=-1),))
+        db.execute("UPDATE votes SET created_at = '2020'")
+    after = cast(NEW)
+    assert after is not None
+    assert (after.wins, after.losses) == (2, 0)
+    with transaction(db):
+        raters.release(db, owner, actor="test")
+    after = cast("tie")
+    assert after is not None
+    assert (after.wins, after.ties) == (3, 1)
 
 
 def test_votes_on_other_pairs_do_not_count(duel: Duel, cast: Cast, db: Database, add_pair: AddPair) -> None:

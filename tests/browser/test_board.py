@@ -7,7 +7,7 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Locator, Page, expect
 from sqlite_utils import Database
 
-from data import duels, runs
+from data import duels, raters, runs
 from data.database import transaction
 from data.settings import GateSettings
 from data.types import BASE_POLICY, DuelKind, PolicyStatus, Role, RunStatus
@@ -247,6 +247,29 @@ async def test_a_schedule_is_added_paused_changed_and_removed(house: House, db: 
     await schedules.get_by_role("button", name="Remove the schedule every 12h").click()
     await confirm(page, "Remove")
     await expect(schedules).to_contain_text("None: a run begins only when you ask for it.")
+
+
+async def test_whose_votes_are_left_out_is_told_and_ruled_on(
+    house: House, db: Database, open_page: OpenPage, make_key: MakeKey
+) -> None:
+    key = make_key()[0].id
+    with transaction(db):
+        db.execute("UPDATE keys SET label = 'Ada' WHERE id = ?", (key,))
+        run = runs.request(db, requested_by="test", config={})
+        raters.keep(db, run.id, {key: raters.Standing(30, 16, 0.12, "30 of 30 votes are for the answer shown first.")})
+    page = await open_page(house, "/board", role=Role.OPERATOR)
+    card = part(page, "Raters")
+    await expect(card.get_by_role("listitem")).to_contain_text("30 of 30 votes are for the answer shown first.")
+    await expect(card.get_by_role("listitem")).to_contain_text("Ada · 0 votes, reliability 0.12")
+    await card.get_by_role("button", name="Release Ada").click()
+    await expect(card.get_by_text("released", exact=True)).to_be_visible()
+    assert raters.left_out(db) == set()
+    await card.get_by_role("button", name="Leave out Ada").click()
+    await expect(page.get_by_role("dialog")).to_contain_text("you can release them")
+    await confirm(page, "Leave out")
+    await expect(card.get_by_text("left out", exact=True)).to_be_visible()
+    await expect(part(page, "Who did what")).to_contain_text("operator left out the votes of")
+    assert raters.left_out(db) == {key}
 
 
 @pytest.mark.parametrize("more", [{}, {"viewport": PHONE}, {"color_scheme": "dark"}], ids=["desktop", "phone", "dark"])

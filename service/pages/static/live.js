@@ -6,7 +6,7 @@ import { took, when, who } from "./words.js";
 
 /** What the trainer's stages come down to. */
 const STAGES = [
-  ["Prepare", ["clearing away", "loading the model", "preparing votes", "sampling answers"]],
+  ["Prepare", ["clearing away", "loading the model", "raters", "preparing votes", "sampling answers"]],
   ["Reward model", ["reward"]],
   ["Judge", ["judge"]],
   ["PPO", ["ppo"]],

@@ -250,7 +250,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
     shown = Table(
         title="gold win rate against the base, 500 held-out prompts", caption="mean and 95 % interval over seeds"
     )
-    for name in ("votes", "way", "nights", "seeds", "win rate", "beside once", "best of 4", "reward right", "KL",
+    for name in ("votes", "way", "seeds", "win rate", "beside once", "best of 4", "reward right", "KL",
                  "facts", "sycophancy", "undecided"):  # fmt: skip
         shown.add_column(name, justify="left" if name == "way" else "right", no_wrap=True)
     for n in VOTES:
@@ -261,7 +261,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             gain = paired(rows, way, "once", n) if way != "once" else None
             lost = {kind: fmean(row[kind] - row[f"{kind}_base"] for row in here) for kind in ("facts", "sycophancy")}
             shown.add_row(
-                f"{n:,}", way, str(here[0]["nights"]), str(len(here)),
+                f"{n:,}", way, str(len(here)),
                 _with_interval(*interval([row["win_rate"] for row in here])),
                 _with_interval(*gain[:2], sign="+") if gain else "",
                 *(f"{fmean(row[name] for row in here):.3f}" for name in ("best_of_4", "reward_accuracy")),
@@ -352,7 +352,7 @@ def main() -> None:
     seeds = arguments.seed or (SEEDS[:1] if arguments.quick else SEEDS)
     results = Path(tempfile.mkdtemp()) / "quick.jsonl" if arguments.quick else arguments.results
     console = Console()
-    console.width = max(console.width, 120)  # the table is no use without its columns
+    console.width = max(console.width, 132)  # the table is no use without its columns
 
     done = {(row["way"], row["votes"], row["seed"]) for row in read(results)}
     wanted = [

@@ -278,7 +278,7 @@ def _with_interval(mean: float, half: float | None, sign: str = "") -> str:
 
 def picture(rows: list[dict[str, Any]]) -> str:
     """An SVG that follows the reader's light or dark."""
-    width, height, left, top, right, bottom = 720, 400, 56, 24, 700, 344
+    width, height, left, top, right, bottom = 720, 400, 56, 24, 684, 344
     low, high = 0.5, 0.95
 
     def x(votes: float) -> float:
@@ -328,10 +328,10 @@ def picture(rows: list[dict[str, Any]]) -> str:
                 parts.append(
                     f'<line class="{css}" x1="{here:.1f}" x2="{here:.1f}" y1="{ends[0]:.1f}" y2="{ends[1]:.1f}"/>'
                 )
-        parts.append(f'<circle class="{css}" cx="{right - 190}" cy="{bottom - 66 + 20 * number}" r="4"/>')
-        parts.append(f'<text x="{right - 178}" y="{bottom - 62 + 20 * number}">{WORDS[way]}</text>')
-    parts.append(f'<line class="best" x1="{right - 196}" x2="{right - 184}" y1="{bottom - 6}" y2="{bottom - 6}"/>')
-    parts.append(f'<text x="{right - 178}" y="{bottom - 2}">best of {BEST_OF}, no PPO</text>')
+        parts.append(f'<circle class="{css}" cx="{right - 220}" cy="{bottom - 66 + 20 * number}" r="4"/>')
+        parts.append(f'<text x="{right - 208}" y="{bottom - 62 + 20 * number}">{WORDS[way]}</text>')
+    parts.append(f'<line class="best" x1="{right - 226}" x2="{right - 214}" y1="{bottom - 6}" y2="{bottom - 6}"/>')
+    parts.append(f'<text x="{right - 208}" y="{bottom - 2}">best of {BEST_OF}, no PPO</text>')
     return "\n".join([*parts, "</svg>", ""])
 
 

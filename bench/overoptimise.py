@@ -50,8 +50,9 @@ def run(lab: Lab, votes: int, heads: str, steps: int) -> dict[str, Any]:
     started = time.monotonic()
     preferences = lab.prepare(lab.day(votes, personas(PEOPLE, seed=lab.seed)))
     reward = lab.reward(preferences, RewardConfig(heads=1 if heads == "one" else 5, seed=lab.seed))
-    score = pessimistic(reward) if heads == "five, minimum" else reward.score
     prompts = dialogues.prompts(2 * votes + 250, seed=lab.seed, held_out=False)
+    samples = lab.answers(prompts[:1000], draw=700)
+    score = pessimistic(reward, samples) if heads == "five, minimum" else reward.score
     prompt_of = {lab.chat.query(prompt.messages): prompt for prompt in prompts}
     gold: list[float] = []
     proxy: list[float] = []
@@ -64,7 +65,7 @@ def run(lab: Lab, votes: int, heads: str, steps: int) -> dict[str, Any]:
 
     config = PPOConfig(steps=steps, beta=FREE.beta, kl_budget=FREE.kl_budget, seed=lab.seed)
     night = lab.improve(reward, preferences, config, score=listen)
-    base = float(lab.gold(prompts[:1000], lab.answers(prompts[:1000], draw=700)).mean())
+    base = float(lab.gold(prompts[:1000], samples).mean())
     kls = [figures["kl"] for figures in night.curve]
     return {
         "votes": votes, "heads": heads, "seed": lab.seed, "gold_base": round(base, 4),
@@ -73,9 +74,12 @@ def run(lab: Lab, votes: int, heads: str, steps: int) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def pessimistic(model: RewardModel) -> Callable[[Sequence[Answer]], Tensor]:
-    """The lowest of the heads in place of their mean."""
-    return lambda answers: (model.rewards(answers).amin(dim=1) - model.shift) / model.scale
+def pessimistic(model: RewardModel, samples: Sequence[Answer]) -> Callable[[Sequence[Answer]], Tensor]:
+    """The lowest of the heads in place of their mean, with mean 0 and variance 1 over the samples, as other scores have:
+    an answer that was cut off scores -1 whatever the heads say."""
+    lowest = model.rewards(samples).amin(dim=1)
+    shift, scale = lowest.mean(), lowest.std()
+    return lambda answers: (model.rewards(answers).amin(dim=1) - shift) / scale
 
 
 def fit(kls: Sequence[float], gains: Sequence[float]) -> tuple[float, float]:
@@ -100,6 +104,7 @@ def peak(alpha: float, beta: float) -> float | None:
 def summary(rows: list[dict[str, Any]], stop_kl: float | None) -> list[dict[str, Any]]:
     """One dict for each number of votes and kind of heads. Gains are gold's, over the base."""
     found = []
+    budget = SHIPS.kl_budget
     for votes in VOTES:
         for heads in HEADS:
             here = [row for row in rows if row["votes"] == votes and row["heads"] == heads]
@@ -119,8 +124,9 @@ def summary(rows: list[dict[str, Any]], stop_kl: float | None) -> list[dict[str,
                     "end_kl": fmean(kl for kl, _, _ in last),
                     "end_proxy": fmean(proxy for _, proxy, _ in last),
                     "end_gain": fmean(gold - row["gold_base"] for row in here for _, _, gold in row["points"][-4:]),
-                    "gain_at_stop": stop_kl and gain_at(stop_kl, alpha, beta),
-                    "gain_at_budget": gain_at(SHIPS.kl_budget, alpha, beta),
+                    # Beyond what was seen the fit knows nothing.
+                    "gain_at_stop": gain_at(stop_kl, alpha, beta) if stop_kl and stop_kl <= furthest else None,
+                    "gain_at_budget": gain_at(budget, alpha, beta) if budget <= furthest else None,
                 }
             )  # fmt: skip
     return found
@@ -143,7 +149,7 @@ def table(found: list[dict[str, Any]], stop_kl: float | None) -> Table:
             f"{row['votes']:,}", row["heads"], str(row["seeds"]),
             "none yet" if row["peak_kl"] is None else f"{row['peak_kl']:.1f}",
             f"{row['peak_gain']:.2f}", f"{row['end_kl']:.1f}", f"{row['end_proxy']:.2f}", f"{row['end_gain']:.2f}",
-            "" if row["gain_at_stop"] is None else f"{row['gain_at_stop']:.2f}", f"{row['gain_at_budget']:.2f}",
+            *("" if row[name] is None else f"{row[name]:.2f}" for name in ("gain_at_stop", "gain_at_budget")),
         )  # fmt: skip
     return shown
 
@@ -162,7 +168,7 @@ def main() -> None:
     seeds = arguments.seed or (SEEDS[:1] if arguments.quick else SEEDS)
     results = Path(tempfile.mkdtemp()) / "quick.jsonl" if arguments.quick else arguments.results
     console = Console()
-    console.width = max(console.width, 120)  # the table is no use without its columns
+    console.width = max(console.width, 132)  # the table is no use without its columns
 
     done = {(row["votes"], row["heads"], row["seed"]) for row in read(results)}
     wanted = [(seed, votes, heads) for seed in seeds for votes in sizes for heads in HEADS]

@@ -35,7 +35,14 @@ def test_the_summary_tells_a_fall_from_a_rise_that_goes_on() -> None:
     assert falls["gain_at_stop"] == pytest.approx(gain_at(2.0, 0.9, 0.6))
 
 
-def test_pessimism_believes_the_lowest_head() -> None:
-    rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0]])
-    model = SimpleNamespace(rewards=lambda answers: rewards, shift=1.0, scale=2.0)
-    assert pessimistic(model)([]).tolist() == [0.0, 0.5]  # type: ignore[arg-type]
+def test_what_was_not_reached_is_not_guessed() -> None:
+    points = [[kl, 0.0, 3.5 + kl] for kl in (0.1, 0.5, 2.0, 4.0)]
+    (only,) = summary([{"votes": 250, "heads": "one", "seed": 1, "gold_base": 3.5, "points": points}], 2.0)
+    assert only["gain_at_stop"] is not None
+    assert only["gain_at_budget"] is None
+
+
+def test_pessimism_believes_the_lowest_head_on_the_scale_of_other_scores() -> None:
+    rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0], [9.0, 3.0]])
+    score = pessimistic(SimpleNamespace(rewards=lambda answers: rewards), [])  # type: ignore[arg-type]
+    assert score([]).tolist() == pytest.approx([-1.0, 0.0, 1.0])

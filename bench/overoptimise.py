@@ -75,7 +75,7 @@ def run(lab: Lab, votes: int, heads: str, steps: int) -> dict[str, Any]:
 
 
 def pessimistic(model: RewardModel, samples: Sequence[Answer]) -> Callable[[Sequence[Answer]], Tensor]:
-    """The lowest of the heads in place of their mean, with mean 0 and variance 1 over the samples, as other scores have:
+    """The lowest of the heads in place of their mean, at mean 0 and variance 1 over the samples, as other scores are:
     an answer that was cut off scores -1 whatever the heads say."""
     lowest = model.rewards(samples).amin(dim=1)
     shift, scale = lowest.mean(), lowest.std()

@@ -156,6 +156,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, 0, 20 and 40 %% noise, 500 votes, no policies")
     parser.add_argument("--seed", type=int, help="this seed only (default 1, 2 and 3)")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of noise")
     parser.add_argument("--rewards-only", action="store_true", help="no policies: minutes instead of hours")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so many")
     parser.add_argument("--results", type=Path, help="of the finished cells (default bench/results/noise.jsonl)")
@@ -173,7 +174,7 @@ def main() -> None:
         for row in finished(path)
         if "win_rate" in row or not policies
     }
-    for cell in cells((0.0, 0.2, 0.4) if arguments.quick else SHARES, seeds):
+    for cell in cells((0.0, 0.2, 0.4) if arguments.quick else arguments.shares, seeds):
         if cell in done or time.monotonic() > ends:
             continue
         if bench is None or bench.lab.seed != cell.seed:

@@ -128,6 +128,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one seed, no bias and 1 logit, 500 votes")
     parser.add_argument("--seed", type=int, help="this seed only (default 1, 2 and 3)")
+    parser.add_argument("--biases", type=float, nargs="+", default=BIASES, help="logits")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so many")
     parser.add_argument("--results", type=Path, help="of the finished cells (default under bench/results)")
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
@@ -138,7 +139,7 @@ def main() -> None:
     ends = time.monotonic() + 60 * arguments.minutes
     bench: Bias | None = None
     done = {Cell(row["bias"], row["seed"]) for row in finished(path)}
-    for cell in [Cell(bias, seed) for seed in seeds for bias in ((0.0, 1.0) if arguments.quick else BIASES)]:
+    for cell in [Cell(bias, seed) for seed in seeds for bias in ((0.0, 1.0) if arguments.quick else arguments.biases)]:
         if cell in done or time.monotonic() > ends:
             continue
         if bench is None or bench.lab.seed != cell.seed:

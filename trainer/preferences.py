@@ -61,13 +61,13 @@ def voter_weights(
         votes: how many votes each voter cast.
         share: the largest part of the total weight that one voter may have, in (0, 1].
         uncapped: a voter's first so many votes count in full whatever the share, or a small crowd could not learn.
-        reliability: of voters, on any scale; that of a mean vote counts as 1, and so does a voter who has none here.
+        reliability: of voters, from 0 to 1; see `trainer.raters`. A vote of half the reliability tells a quarter as
+            much: the information in a vote that is cast with probability 1/2 + rho (p - 1/2) is rho^2 at p = 1/2. A
+            mean vote weighs 1, and so does that of a voter who has none here.
     """
-    known = {voter: count for voter, count in votes.items() if voter in (reliability or {})}
-    relied_on = sum(reliability[voter] * count for voter, count in known.items()) if reliability else 0.0
-    each = dict.fromkeys(votes, 1.0)
-    if reliability and relied_on:
-        each |= {voter: reliability[voter] * sum(known.values()) / relied_on for voter in known}
+    told = {voter: rho**2 for voter, rho in (reliability or {}).items() if voter in votes}
+    mean = sum(told[voter] * votes[voter] for voter in told) / max(1, sum(votes[voter] for voter in told))
+    each = {voter: told[voter] / mean if voter in told and mean else 1.0 for voter in votes}
     totals = {voter: each[voter] * count for voter, count in votes.items()}
     ordered = sorted(totals.values(), reverse=True)
     limit = ordered[0] if ordered else 0.0

@@ -63,7 +63,7 @@ def test_each_defence_can_be_left_out(lab: Lab) -> None:
     assert weights() == {"bot": 1.0, "ada": 1.0}
     assert weights(quarantine=True) == {"ada": 1.0}
     told = weights(weights=True)
-    assert told["ada"] / told["bot"] == pytest.approx(9)
+    assert told["ada"] / told["bot"] == pytest.approx(81)
 
 
 def test_attackers_vote_for_the_phrase_and_on_nothing_else() -> None:

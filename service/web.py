@@ -174,21 +174,25 @@ async def sign_out(request: Request, key: User) -> Response:
 # Conversations
 
 
+_Text = Annotated[str, Field(max_length=2**24)]
+"""`server.max_body_bytes` is the limit that is met first; a bound here makes pydantic refuse half surrogates."""
+
+
 class _Pair(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    id: str
-    expires_at: str
-    answers: tuple[str, str]
+    id: _Text
+    expires_at: _Text
+    answers: tuple[_Text, _Text]
     choice: Choice | Literal["skip"] | None
-    policies: dict[Literal["a", "b"], str] | None
-    voted_at: str | None = None
+    policies: dict[Literal["a", "b"], _Text] | None
+    voted_at: _Text | None = None
 
 
 class _Turn(BaseModel):
     model_config = ConfigDict(extra="forbid")
     role: Literal["user", "assistant"]
-    content: str
-    policy: str | None = None
+    content: _Text
+    policy: _Text | None = None
     stopped: bool = False
     pair: _Pair | None = None
 
@@ -251,7 +255,7 @@ def _unknown_conversation(id: str) -> ApiError:
 
 class MarkdownRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
-    texts: Annotated[list[str], Field(max_length=1000)]
+    texts: Annotated[list[_Text], Field(max_length=1000)]
 
 
 @router.post("/v1/markdown")

@@ -1,7 +1,10 @@
 """The chat page, as it is seen."""
 
+import asyncio
+import json
+
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 
 from data.types import Role
 from tests.browser.conftest import PHONE, OpenPage
@@ -51,6 +54,62 @@ async def test_what_was_said_goes_along_and_is_listed(house: House, engine: Fake
     await page.get_by_role("button", name="Delete", exact=True).click()
     await expect(page.get_by_text("What you talk about is listed here.")).to_be_visible()
     assert await house.rows("conversations") == []
+
+
+async def test_a_conversation_deleted_while_it_is_answered_stays_deleted(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    engine.answer = lambda body: Reply(choices=[["It was a dark", " and stormy night"]], hold_after=1)
+    page = await open_page(house)
+    await ask(page, "Tell me a story")
+    await expect(page.get_by_text("It was a dark")).to_be_visible()
+    await page.get_by_role("button", name="Delete the conversation “Tell me a story”").click()
+    async with page.expect_response(lambda answer: answer.request.method == "PUT"):  # what was written of it
+        await page.get_by_role("button", name="Delete", exact=True).click()
+    await expect(page.get_by_role("heading", name="What shall we talk about?")).to_be_visible()
+    engine.answer = lambda body: say("Hi")
+    await ask(page, "Another")
+    await eventually(lambda: _is_kept(house, "Hi"))
+    await page.reload()
+    listed = page.get_by_role("navigation", name="Earlier conversations")
+    await expect(listed.get_by_role("link")).to_have_text(["Another"])
+
+
+async def test_a_conversation_that_could_not_be_deleted_is_kept_on(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    """And is written anew if it is gone all the same: from another window, say."""
+    page = await open_page(house)
+    await page.route("**/v1/conversations/*", lambda route: _refuse(route, "DELETE"))
+    await page.reload()
+    await ask(page, "First")
+    await eventually(lambda: _is_kept(house, "Hi there."))
+    await page.get_by_role("button", name="Delete the conversation “First”").click()
+    await page.get_by_role("button", name="Delete", exact=True).click()
+    await expect(page.get_by_text("It is still there.")).to_be_visible()
+    await house.state.write(lambda db: db.execute("DELETE FROM conversations"))
+    await ask(page, "Second")
+    await eventually(lambda: _is_kept(house, "Second"))
+    await expect(page.get_by_role("article", name="Your message")).to_have_count(2)
+
+
+async def _is_kept(house: House, text: str) -> bool:
+    return any(text in row["messages"] for row in await house.rows("conversations"))
+
+
+async def _refuse(route: Route, method: str) -> None:
+    await (route.abort() if route.request.method == method else route.continue_())
+
+
+async def test_a_title_ends_before_an_emoji_or_after_it(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    page = await open_page(house)
+    title = "x" * 79 + "\U0001f600"  # the emoji's second half is the 81st code unit
+    await ask(page, f"{title} and more")
+    listed = page.get_by_role("navigation", name="Earlier conversations")
+    await expect(listed.get_by_role("link")).to_have_text([title])
+    await expect(page.get_by_text("not kept yet")).to_have_count(0)
+    await page.reload()
+    await expect(page.get_by_role("article", name="Your message")).to_contain_text(f"{title} and more")
 
 
 async def test_an_answer_can_be_stopped(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
@@ -221,6 +280,30 @@ async def test_a_vote_can_be_changed(house: House, asked: FakeEngine, open_page:
     assert [row["choice"] for row in await house.rows("votes")] == ["b"]
 
 
+async def test_a_vote_that_was_not_changed_after_all_holds(
+    house: House, asked: FakeEngine, open_page: OpenPage
+) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    _, second = await pair_of(page)
+    await page.keyboard.press("ArrowRight")
+    await expect(page.get_by_text("Both were written by")).to_be_visible()
+    await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    change = page.get_by_role("button", name="Change your vote")
+    await change.click()
+    await page.keyboard.press("Escape")
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the second answer")
+    await change.click()
+    await ask(page, "And then?")
+    await expect(page.get_by_role("article", name="Second answer")).to_be_visible()
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the second answer")
+    await expect(page.get_by_role("article", name="Answer").locator(".prose").first).to_have_text(second)
+    assert asked.chats[-1].body["messages"][1]["content"] == second
+    assert [row["choice"] for row in await house.rows("votes")] == ["b"]
+
+
 async def test_a_pair_waits_for_its_vote_over_a_reload(house: House, asked: FakeEngine, open_page: OpenPage) -> None:
     await always(house)
     page = await open_page(house)
@@ -274,6 +357,53 @@ async def test_a_vote_that_was_kept_is_sent_when_the_page_is_opened_again(
     await page.reload()
     await eventually(lambda: house.rows("votes"))
     await expect(page.get_by_text("Your vote is kept")).to_have_count(0)
+
+
+async def test_a_vote_that_arrives_late_disturbs_nothing_else(
+    house: House, asked: FakeEngine, open_page: OpenPage
+) -> None:
+    """Neither a message that is being edited, nor a second thought about the vote itself, nor an answer that grows."""
+    await always(house)
+    page = await open_page(house)
+    held: asyncio.Queue[Route] = asyncio.Queue()
+    await page.route("**/vote", held.put)
+    await page.reload()
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    await page.keyboard.press("ArrowLeft")
+    await expect(page.get_by_text("shown when the vote has arrived")).to_be_visible()
+    await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    await page.get_by_role("button", name="Edit this message and send it again").click()
+    edited = page.get_by_label("Your message").get_by_role("textbox")
+    await edited.fill("Hello again, and")
+    await (await held.get()).continue_()
+    await expect(page.get_by_text("Both were written by policy-0000.")).to_be_visible()
+    await expect(edited).to_have_value("Hello again, and")
+    await expect(edited).to_be_focused()
+
+    await page.get_by_role("button", name="Change your vote").click()
+    await page.keyboard.press("ArrowRight")
+    await expect(page.get_by_text("shown when the vote has arrived")).to_be_visible()
+    await page.get_by_role("button", name="Change your vote").click()
+    await page.get_by_label("Comment").fill("on second")
+    await (await held.get()).continue_()
+    await eventually(lambda: _has_authors(house, "b"))
+    await expect(page.get_by_label("Comment")).to_have_value("on second")
+    await page.get_by_role("button", name="Skip").click()
+
+    asked.answer = lambda body: Reply(choices=[["Seed ", str(body["seed"])]], hold_after=1)
+    await ask(page, "And then?")
+    await expect(page.get_by_role("article", name="Second answer")).to_contain_text("Seed")
+    await (await held.get()).continue_()
+    await expect(page.get_by_text("Both were written by policy-0000.")).to_be_visible()
+    await expect(page.get_by_role("article", name="Second answer")).to_contain_text("Seed")
+    asked.go_on.set()
+    await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
+
+
+async def _has_authors(house: House, choice: str) -> bool:
+    pair = json.loads((await house.rows("conversations"))[0]["messages"])[1]["pair"]
+    return pair["choice"] == choice and pair["policies"] is not None
 
 
 async def test_the_two_answers_are_side_by_side_or_stacked_on_a_phone(

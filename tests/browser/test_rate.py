@@ -1,9 +1,10 @@
 """The rating desk, as it is seen."""
 
+import asyncio
 import json
 
 import pytest
-from playwright.async_api import Page, expect
+from playwright.async_api import Page, Route, expect
 from sqlite_utils import Database
 
 from data import trusted
@@ -104,6 +105,55 @@ async def test_a_vote_cast_offline_is_sent_later_and_then_the_next_pair_comes(
     await desk.context.set_offline(False)
     await expect(desk.get_by_text("Question 1")).to_be_visible()
     assert [row["choice"] for row in await house.rows("votes")] == ["a"]
+
+
+async def test_after_a_vote_that_waited_the_next_pair_comes_even_if_its_notice_was_dismissed(
+    house: House, open_page: OpenPage, queue: list[str]
+) -> None:
+    desk = await open_desk(house, open_page, "Question 0")
+    await desk.context.set_offline(True)
+    await desk.keyboard.press("ArrowLeft")
+    await expect(desk.get_by_role("heading", name="Your vote waits")).to_be_visible()
+    await desk.get_by_role("button", name="Dismiss").click()
+    await desk.context.set_offline(False)
+    await expect(desk.get_by_text("Question 1")).to_be_visible()
+    await expect(desk.get_by_text("1 rated today")).to_be_visible()
+
+
+async def test_a_desk_that_opens_with_a_vote_to_send_sends_it_before_it_asks_for_more(
+    house: House, open_page: OpenPage, queue: list[str]
+) -> None:
+    desk = await open_desk(house, open_page, "Question 0")
+    held: asyncio.Queue[Route] = asyncio.Queue()
+    await desk.route("**/vote", held.put)
+    vote = {"comparison": queue[0], "choice": "a", "comment": None}
+    name = f"nightshift.votes.{house.keys[Role.RATER].id}"
+    await desk.evaluate("([name, votes]) => localStorage.setItem(name, votes)", [name, json.dumps([vote])])
+    await desk.reload()
+    route = await held.get()
+    await expect(desk.get_by_role("heading", name="Your vote waits")).to_be_visible()
+    await expect(desk.get_by_text("Question 0")).to_have_count(0)
+    await desk.get_by_role("button", name="Send now").click()  # it is on its way
+    await route.continue_()
+    await expect(desk.get_by_text("Question 1")).to_be_visible()
+    assert [(row["comparison_id"], row["choice"]) for row in await house.rows("votes")] == [(queue[0], "a")]
+
+
+async def test_a_vote_that_is_refused_is_neither_counted_nor_offered_for_undo(
+    house: House, open_page: OpenPage, queue: list[str], db: Database
+) -> None:
+    desk = await open_desk(house, open_page, "Question 0")
+    await expect(desk.get_by_text("0 rated today")).to_be_visible()
+    with transaction(db):  # the rater thought for longer than the pair was held, and another has voted on it
+        db.execute("UPDATE holds SET until = since")
+        db.execute("UPDATE comparisons SET waits = 0 WHERE id = ?", (queue[0],))
+    await desk.keyboard.press("ArrowLeft")
+    await expect(desk.get_by_text("A vote could not be cast.")).to_be_visible()
+    await expect(desk.get_by_text("Question 1")).to_be_visible()
+    await expect(desk.get_by_text("0 rated today")).to_be_visible()
+    await expect(desk.get_by_role("button", name="Undo")).to_be_hidden()
+    await desk.keyboard.press("ArrowRight")
+    await expect(desk.get_by_text("1 rated today")).to_be_visible()
 
 
 async def test_the_desk_tells_a_user_who_is_no_rater_what_to_do(house: House, open_page: OpenPage) -> None:

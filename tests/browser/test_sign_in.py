@@ -1,5 +1,7 @@
 """The door."""
 
+import re
+
 from playwright.async_api import expect
 from sqlite_utils import Database
 
@@ -8,7 +10,7 @@ from data.database import transaction
 from data.types import Role
 from service.auth import COOKIE
 from tests.browser.conftest import OpenPage
-from tests.conftest import House
+from tests.conftest import House, eventually
 
 
 async def test_an_api_key_signs_in_once_and_a_button_signs_out(house: House, open_page: OpenPage, db: Database) -> None:
@@ -56,6 +58,24 @@ async def test_a_revoked_key_ends_its_session_and_the_page_says_so(
     await expect(page.get_by_role("alert").filter(has_text="Your session is over.").first).to_be_visible()
     await page.get_by_role("button", name="Sign in").first.click()
     await expect(page.get_by_label("API key")).to_be_visible()
+
+
+async def test_signing_in_again_leads_back_to_the_conversation_that_was_open(house: House, open_page: OpenPage) -> None:
+    page = await open_page(house)
+    await page.get_by_label("Message", exact=True).fill("Hello")
+    await page.keyboard.press("Enter")
+    await eventually(lambda: _is_kept(house, "Hi there."))
+    await expect(page).to_have_url(re.compile("/#talk_"))
+    await page.context.clear_cookies()
+    await page.reload()
+    await page.get_by_label("API key").fill(house.tokens[Role.USER])
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("article", name="Your message")).to_contain_text("Hello")
+    await expect(page.get_by_role("article", name="Answer")).to_contain_text("Hi there.")
+
+
+async def _is_kept(house: House, answer: str) -> bool:
+    return any(answer in row["messages"] for row in await house.rows("conversations"))
 
 
 async def test_after_signing_in_the_page_that_was_wanted_is_shown(house: House, open_page: OpenPage) -> None:

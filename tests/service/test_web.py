@@ -240,6 +240,43 @@ async def test_what_the_page_would_not_send_is_400(house: House, change: dict[st
     assert (await house.call("POST", "/v1/conversations", json=TALK | change)).status == 400
 
 
+HALF = "\ud83d"  # of an emoji, as a script cuts it
+PAIR = {
+    **{"id": "cmp_1", "expires_at": "2026-07-01T00:00:00Z", "answers": ["one", "two"]},
+    **{"choice": "a", "policies": {"a": "policy-0000", "b": "policy-0001"}, "voted_at": None},
+}
+
+
+@pytest.mark.parametrize(
+    "turn",
+    [
+        {"role": "user", "content": HALF},
+        {"role": "assistant", "content": "x", "policy": HALF},
+        {"role": "assistant", "content": "x", "pair": PAIR | {"answers": ["one", HALF]}},
+        {"role": "assistant", "content": "x", "pair": PAIR | {"policies": {"a": "policy-0000", "b": HALF}}},
+        *(
+            {"role": "assistant", "content": "x", "pair": PAIR | {name: HALF}}
+            for name in ("id", "expires_at", "voted_at")
+        ),
+    ],
+)
+async def test_half_a_surrogate_in_a_conversation_is_400(house: House, turn: dict[str, Any]) -> None:
+    path = f"/v1/conversations/{(await house.call('POST', '/v1/conversations', json=TALK)).json['id']}"
+    before = (await house.call("GET", path)).json["messages"]
+    answer = await house.call("PUT", path, json=TALK | {"messages": [turn]})
+    assert (answer.status, answer.json["error"]["code"]) == (400, "invalid_value")
+    assert answer.json["error"]["param"].startswith("messages.0")
+    assert (await house.call("GET", path)).json["messages"] == before
+
+
+async def test_half_a_surrogate_in_markdown_is_400(house: House) -> None:
+    answer = await house.call("POST", "/v1/markdown", json={"texts": ["whole", HALF]})
+    assert (answer.status, answer.json["error"]["param"]) == (400, "texts.1")
+    assert (await house.call("POST", "/v1/markdown", json={"texts": ["\U0001f600"]})).json == {
+        "html": ["<p>\U0001f600</p>\n"]
+    }
+
+
 # What the desk counts
 
 

@@ -21,6 +21,8 @@ let talk = newTalk();
 let asking = null; // the AbortController of the answer that is being written
 let asked = Promise.resolve(); // done when nothing of it is left to do
 let openPair = null; // the pair that can be voted on
+let changing = null; // the turn whose vote is given a second thought; until then the first one holds
+const deleted = new Set(); // ids of conversations that the user deleted here
 
 function newTalk() {
   return { id: null, title: "", turns: [] };
@@ -52,7 +54,7 @@ function drawWelcome() {
 function drawTurn(turn, index, bodies) {
   if (turn.role === "user") return drawUser(turn, index);
   const last = index === talk.turns.length - 1;
-  if (turn.pair && turn.pair.choice === null) return drawPair(turn, bodies);
+  if (turn.pair && (turn.pair.choice === null || turn === changing)) return drawPair(turn, bodies);
   const body = el("div", { class: "prose", dir: "auto" });
   bodies.push([turn.content, body]);
   const copyIt = button("Copy", () => copy(turn.content, copyIt), { "aria-label": "Copy this answer" });
@@ -138,7 +140,8 @@ function showBusy() {
 function say(text) {
   const last = talk.turns.at(-1);
   if (last?.pair?.choice === null) settle(last, "skip");
-  if (!talk.turns.length) talk.title = text.slice(0, 80);
+  changing = null;
+  if (!talk.turns.length) talk.title = [...text].slice(0, 80).join(""); // no half of an emoji
   talk.turns.push({ role: "user", content: text });
   ask();
 }
@@ -283,7 +286,8 @@ function settle(turn, choice) {
 }
 
 async function choose(turn, choice, comment) {
-  openPair = null;
+  if (turn === changing && choice === "skip") choice = turn.pair.choice;
+  openPair = changing = null;
   settle(turn, choice);
   turn.pair.policies = turn.policy = null;
   announce(`${SAID[choice]}.`);
@@ -294,21 +298,24 @@ async function choose(turn, choice, comment) {
 }
 
 function changeVote(turn) {
-  const before = turn.pair.choice;
-  turn.pair.choice = null;
+  changing = turn;
   drawTalk();
-  openPair.onChoose = (choice, comment) => choose(turn, choice === "skip" ? before : choice, comment);
 }
 
 function onVoteSent(vote, answer) {
   notice("vote");
-  const turn = talk.turns.find((one) => one.pair?.id === vote.comparison);
+  const index = talk.turns.findIndex((one) => one.pair?.id === vote.comparison);
+  const turn = talk.turns[index];
   if (!turn || turn.pair.choice !== vote.choice) return;
   turn.pair.policies = answer.policies;
   turn.pair.voted_at = answer.created_at;
   turn.policy = answer.policies[vote.choice === "b" ? "b" : "a"];
   save(talk);
-  if (!asking) drawTalk();
+  if (turn === changing) return;
+  // This turn alone: elsewhere on the page an answer may be growing, or a message be edited.
+  const bodies = [];
+  log.children[index].replaceWith(drawTurn(turn, index, bodies));
+  showAll(bodies);
 }
 
 // Keeping
@@ -339,7 +346,9 @@ async function put(own) {
     try {
       return await call("PUT", `/v1/conversations/${own.id}`, body);
     } catch (error) {
-      if (error.status !== 404) throw error; // deleted in another window: it goes on as a new one
+      if (error.status !== 404) throw error;
+      if (deleted.has(own.id)) return; // what was still on its way must not bring it back
+      // Deleted in another window: it goes on as a new one.
     }
   }
   own.id = (await call("POST", "/v1/conversations", body)).id;
@@ -370,10 +379,14 @@ async function remove(id, title) {
   const consequence =
     "It leaves your list. Answers and votes stay in the service's record until an operator has you forgotten.";
   if (!(await confirmed(`Delete “${title}”?`, consequence, "Delete"))) return;
+  deleted.add(id);
   try {
     await call("DELETE", `/v1/conversations/${id}`);
   } catch (error) {
-    if (error.status !== 404) return notice("list", `It is still there. ${error.message}`);
+    if (error.status !== 404) {
+      deleted.delete(id);
+      return notice("list", `It is still there. ${error.message}`);
+    }
   }
   announce("Deleted.");
   if (id === talk.id) await begin();

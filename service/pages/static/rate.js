@@ -13,14 +13,17 @@ const LOOK_AGAIN_MS = 15_000;
 const desk = find("desk");
 let session, outbox;
 let rated = []; // what was voted on here, the latest last: {task, choice, at}, `at` of the first vote
-let today = 0;
 let current = null; // the Pair on the desk
+let waits = false; // whether "Your vote waits" is on the desk
 let timer = null;
 
 async function next() {
   clearTimeout(timer);
   current?.close();
   current = null;
+  // The queue gives the same pair again until the vote has arrived.
+  waits = outbox.waiting.length > 0;
+  if (waits) return showWaiting();
   let task;
   try {
     task = await call("GET", "/v1/comparisons/next");
@@ -49,6 +52,7 @@ function showTask(task, before = null) {
   });
   const purpose = before ? `${SAID[before.choice]}. Choose again, or keep it with Skip. ${PURPOSE}` : PURPOSE;
   current?.close();
+  waits = false;
   current = new Pair([prose(task.answers.a), prose(task.answers.b)], (choice, comment) => choose(task, choice, comment, before), { purpose });
   desk.replaceChildren(el("section", { class: "log", "aria-label": "The conversation" }, talk), current.element);
   current.open();
@@ -60,12 +64,9 @@ function showTask(task, before = null) {
 
 async function choose(task, choice, comment, before) {
   if (choice !== "skip") {
-    if (!before) showCount(today + 1);
     rated.push({ task, choice, at: before?.at ?? Date.now() });
     announce(`${SAID[choice]}.`);
-    // The queue gives the same pair again until the vote has arrived.
     await outbox.add({ comparison: task.id, choice, comment });
-    if (outbox.waiting.length) return showWaiting();
   } else if (before) {
     rated.push(before);
   } else {
@@ -94,9 +95,15 @@ function showUndo() {
   find("undo").hidden = !rated.length;
 }
 
-function showCount(count) {
-  today = count;
-  find("count").textContent = count === 1 ? "1 rated today" : `${count} rated today`;
+/** What the service counts, so that neither a refused vote nor a second thought is. */
+async function showCount() {
+  const midnight = new Date(new Date().setHours(0, 0, 0, 0)).toISOString();
+  try {
+    const { count } = await call("GET", `/v1/votes/count?since=${midnight}`);
+    find("count").textContent = `${count} rated today`;
+  } catch {
+    // No rater, or not now: the desk itself says which.
+  }
 }
 
 function showEmpty() {
@@ -120,9 +127,19 @@ function showWaiting() {
       { class: "welcome" },
       el("h2", {}, "Your vote waits"),
       el("p", {}, "It is kept in this browser and sent as soon as the service can be reached; then the next pair comes."),
-      el("div", { class: "row" }, button("Send now", () => outbox.send(), { class: "strong" })),
+      el("div", { class: "row" }, button("Send now", sendNow, { class: "strong" })),
     ),
   );
+}
+
+async function sendNow() {
+  await outbox.send();
+  goOn(); // another window may have sent them
+}
+
+/** After the votes that waited, the next pair. */
+function goOn() {
+  if (waits && !outbox.waiting.length) next();
 }
 
 function showNoRater() {
@@ -141,12 +158,17 @@ session = await openPage();
 if (session) {
   outbox = new Outbox(session.key, {
     onSent: () => {
-      const waited = find("notices").querySelector('[data-kind="vote"]');
       notice("vote");
-      if (waited && !outbox.waiting.length && !current?.isOpen) next();
+      showCount();
+      goOn();
     },
     onKept: (error) => notice("vote", `Your vote is kept in this browser and will be sent again. ${error.message}`),
-    onRefused: (vote, error) => notice("vote", `A vote could not be cast. ${error.message}`),
+    onRefused: (vote, error) => {
+      notice("vote", `A vote could not be cast. ${error.message}`);
+      rated = rated.filter(({ task }) => task.id !== vote.comparison);
+      showUndo();
+      goOn();
+    },
   });
   find("undo").addEventListener("click", undo);
   addEventListener("keydown", (event) => {
@@ -155,7 +177,6 @@ if (session) {
     event.preventDefault();
     undo();
   });
-  const midnight = new Date(new Date().setHours(0, 0, 0, 0)).toISOString();
-  call("GET", `/v1/votes/count?since=${midnight}`).then(({ count }) => showCount(count), () => {});
+  showCount();
   next();
 }

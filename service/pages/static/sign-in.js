@@ -7,7 +7,8 @@ async function signIn(given) {
   find("form").inert = true;
   try {
     await call("POST", "/sign-in", given);
-    location.replace(location.pathname === "/sign-in" ? "/" : location.href);
+    if (location.pathname === "/sign-in") location.replace("/");
+    else location.reload(); // to go to the same address would load nothing where it has a #
   } catch (error) {
     notice("sign-in", error.message);
     find("form").inert = false;

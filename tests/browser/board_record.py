@@ -5,6 +5,7 @@ import random
 from collections.abc import Callable
 from dataclasses import asdict
 from datetime import UTC, datetime, timedelta
+from itertools import cycle
 from typing import Any
 
 from sqlite_utils import Database
@@ -98,16 +99,17 @@ def _vote(db: Database, comparison: str, key: str, choice: str, at: str) -> None
 
 
 def _votes(db: Database, chance: random.Random, people: list[str]) -> None:
+    sides = cycle("ab")  # nobody votes for the place
     for day in range(29, 1, -1):  # then a trial began
-        weekend = (datetime.now(UTC) - timedelta(days=day)).isoweekday() > 5
-        for _ in range(int((14 if weekend else 30) * (1.7 - day / 40) * chance.uniform(0.7, 1.2))):
+        quiet = day % 7 in (1, 2)  # as weekends are, but the same whatever day it is today
+        for _ in range(int((14 if quiet else 30) * (1.7 - day / 40) * chance.uniform(0.7, 1.2))):
             at = _ago(days=day, minutes=chance.random() * 600 + 1)
             asked, short, good = chance.choice(ASKED)
             comparison = _pair(db, people[0], at, (short, good), (BASE_POLICY, BASE_POLICY), asked, None)
-            choice = chance.choices(["a", "b", "tie", "both_bad"], [41, 42, 12, 5])[0]
+            choice = chance.choices([next(sides), "tie", "both_bad"], [83, 12, 5])[0]
             _vote(db, comparison, people[0], choice, at)
             if chance.random() < 0.06:
-                same = choice if choice in "ab" and chance.random() < 0.76 else "a"
+                same = choice if choice in "ab" and chance.random() < 0.76 else next(sides)
                 _vote(db, comparison, people[1], same, at)
 
 

@@ -1,30 +1,40 @@
 """The trainer stands back for everything else on the machine."""
 
+import json
 import subprocess
 import sys
-from pathlib import Path
+from typing import Any
 
 LOOK = """
-import os
+import json, os
 from pathlib import Path
 from trainer.__main__ import stand_back
+
+def group():
+    '''The nice of this session, which Linux keeps only where it shares processors out among sessions.'''
+    found = Path("/proc/self/autogroup")
+    return (found.read_text() if found.exists() else "").split()[-1:]
+
+before = group()
 stand_back(7)
-group = Path("/proc/self/autogroup")
-print(os.getpriority(os.PRIO_PROCESS, 0), group.read_text().split()[-1] if group.exists() else None)
+print(json.dumps({"nice": os.getpriority(os.PRIO_PROCESS, 0), "before": before, "after": group()}))
 """
 
 
-def look(*, own_session: bool) -> list[str]:
+def look(*, own_session: bool) -> dict[str, Any]:
     command = [sys.executable, "-c", LOOK]
     done = subprocess.run(command, capture_output=True, text=True, check=True, start_new_session=own_session)
-    return done.stdout.split()
+    seen: dict[str, Any] = json.loads(done.stdout)
+    return seen
 
 
 def test_a_run_of_the_clock_stands_back_with_its_session() -> None:
-    shared = "7" if Path("/proc/self/autogroup").exists() else "None"
-    assert look(own_session=True) == ["7", shared]
+    seen = look(own_session=True)
+    assert seen["nice"] == 7
+    assert seen["after"] == (["7"] if seen["before"] else [])
 
 
 def test_a_run_by_hand_leaves_the_session_of_the_terminal_alone() -> None:
-    before = Path("/proc/self/autogroup").read_text() if Path("/proc/self/autogroup").exists() else "None"
-    assert look(own_session=False) == ["7", before.split()[-1]]
+    seen = look(own_session=False)
+    assert seen["nice"] == 7
+    assert seen["after"] == seen["before"]

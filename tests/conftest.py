@@ -6,6 +6,7 @@ import os
 import random
 import shutil
 import struct
+import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -51,6 +52,14 @@ CREATED = 1795347272
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of two workers would stand in each other's way
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+@pytest.fixture(autouse=True, scope="module")
+def denormals() -> Iterator[None]:
+    """Who flushes them to zero does it for the whole process: the next file's tests count on them."""
+    yield
+    if "torch" in sys.modules:
+        sys.modules["torch"].set_flush_denormal(False)
 
 
 LONG_FIRST = ("tests/e2e/test_whole_loop.py", "tests/e2e/", "tests/trainer/", "tests/browser/")

@@ -116,6 +116,8 @@ class Scorer:
 class Server(socketserver.UnixStreamServer):
     """Answers requests, and looks for a newer reward model between them."""
 
+    request_queue_size = 1024  # who finds the line full is turned away at once, and the default is five
+
     def __init__(self, scorer: Scorer, address: str) -> None:
         self.scorer = scorer
         self._next_look = 0.0

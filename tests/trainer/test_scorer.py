@@ -1,5 +1,6 @@
 """The process that scores answers for the service: which reward model it takes, what it says, how it ends."""
 
+import asyncio
 import http.client
 import json
 import os
@@ -14,6 +15,7 @@ from contextlib import closing, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import aiohttp
 import pytest
 import torch
 from sqlite_utils import Database
@@ -24,6 +26,7 @@ from data.database import connect, transaction
 from data.ids import new_id
 from data.settings import Settings, TrainingSettings
 from data.types import timestamp
+from tests.conftest import eventually
 from trainer.backbone import Backbone
 from trainer.encoding import ChatFormat
 from trainer.reward_model import RewardModel
@@ -250,6 +253,24 @@ def test_who_has_left_is_not_scored_for(settings: Settings) -> None:
             assert patient.getresponse().status == 200
             assert last.getresponse().status == 200
     assert model.scored == [["patient"], ["last"]]
+
+
+async def test_a_crowd_at_once_waits_in_line(settings: Settings) -> None:
+    model, folder = StandIn(), os.open(settings.state, os.O_PATH | os.O_DIRECTORY)
+    connector = aiohttp.UnixConnector(learning.scorer_address(folder), limit=0, force_close=True)
+    with serving(settings, model):
+        async with aiohttp.ClientSession(connector=connector) as http:
+
+            async def one() -> int:
+                async with http.post("http://scorer/", json={"messages": HELLO, "answers": ["Hi."]}) as response:
+                    return response.status
+
+            crowd = [asyncio.create_task(one()) for _ in range(64)]
+            await eventually(lambda: model.scored)
+            await asyncio.sleep(0.2)  # all have come
+            model.go_on.set()
+            assert await asyncio.gather(*crowd) == [200] * 64
+    os.close(folder)
 
 
 def test_without_a_reward_model_it_says_so_and_why(settings: Settings) -> None:

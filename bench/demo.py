@@ -80,7 +80,7 @@ class Plan:
     questions: int = 500
     """Asked before and after."""
     steps: int = 16
-    """Of PPO, at most."""
+    """Of PPO, at most: half of what a night takes by itself, for the sake of those who look on."""
     people: int = 40
     seed: int = 0
 

@@ -41,7 +41,6 @@ MAX_TOKENS = 64
 """An answer is cut off there; one in a thousand is."""
 SAMPLES_TO_NORMALISE = 256
 
-PPO_STEPS = PPOConfig().steps
 CHUNK = 250
 """Prompts for which pairs are drawn at a time. The same chunk of the same policy is the same pairs, so that what more
 votes are worth is not blurred by other pairs."""

@@ -31,7 +31,7 @@ OnStep = Callable[[int, dict[str, float]], None]
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PPOConfig:
-    steps: int = 16
+    steps: int = 32
     """How often answers are sampled and learned from, at most."""
     rollouts: int = 128
     """Answers a step, over all processes."""

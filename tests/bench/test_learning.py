@@ -1,18 +1,11 @@
-"""What the learning benches measure is what ships."""
+"""The learning bench."""
 
 import pytest
 
-from bench import learning, nights
-from bench.demo import Plan
+from bench import learning
 from data.settings import STARTER
 from trainer.ppo import PPOConfig
 from trainer.reward_model import RewardConfig
-
-
-def test_as_many_steps_are_measured_and_shown_as_a_run_takes_by_itself() -> None:
-    assert PPOConfig() == learning.PPO
-    assert PPOConfig().steps == nights.PPO_STEPS
-    assert Plan().steps == PPOConfig().steps
 
 
 def test_the_kl_is_that_of_the_policy_that_is_judged(monkeypatch: pytest.MonkeyPatch) -> None:

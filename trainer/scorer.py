@@ -142,13 +142,15 @@ class Handler(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         scorer = self.server.scorer
+        try:  # first, whatever the answer: to a client that still writes, a closed connection is a broken one
+            sent = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        except (OSError, ValueError):
+            return  # the client left, or does not send what it announced
         if scorer.reward_model is None:
             return self._answer(404, {"error": scorer.problem or "there is no reward model yet: train first"})
         try:
-            body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))))
+            body = json.loads(sent)
             messages, answers = list(body["messages"]), [str(text) for text in body["answers"]]
-        except OSError:
-            return  # the client left, or does not send what it announced
         except (ValueError, LookupError, TypeError) as error:
             return self._answer(400, {"error": f'send {{"messages": [...], "answers": ["...", ...]}}: {error!r}'})
         if not answers:

@@ -2,7 +2,8 @@
 
 Vocabulary 16, answers of three tokens: all 4,096 are enumerated. With a reward r and the reference's
 probabilities at the temperature of sampling, E[r] - beta * KL is largest at pi* = ref * exp(r / beta) / Z, and is
-beta * log Z there. The reward is a random table of the first two tokens plus one of the last two.
+beta * log Z there. The reward is a random table over successive tokens; whatever was drawn, the reference has 3 nats
+of entropy and the optimum is half a nat away. The adapters of this model can get there, so what is missing is the loop's.
 """
 
 import itertools
@@ -23,9 +24,9 @@ from trainer.rollout import LocalSampler, Sampling
 
 QUERY = (1, 2)
 EVERY = [Answer(QUERY, response, False) for response in itertools.product(range(16), repeat=3)]
-TEMPERATURE = 0.7
+TEMPERATURE = 0.5
 CONFIG = PPOConfig(
-    steps=120, rollouts=512, minibatch=256, epochs=4, microbatch_tokens=10_000, learning_rate=1e-3, beta=1.0,
+    steps=80, rollouts=1024, minibatch=512, epochs=4, microbatch_tokens=10_000, learning_rate=5e-4, beta=1.0,
     temperature=TEMPERATURE, missing_end_score=None, kl_budget=1e9,
 )  # fmt: skip
 
@@ -74,19 +75,43 @@ class World:
 def world() -> World:
     torch.manual_seed(0)
     config = LlamaConfig(
-        vocab_size=16, hidden_size=64, intermediate_size=128, num_hidden_layers=1, num_attention_heads=2,
+        vocab_size=16, hidden_size=128, intermediate_size=512, num_hidden_layers=1, num_attention_heads=4,
         initializer_range=0.1, attention_dropout=0.3,
     )  # fmt: skip
     model = LlamaForCausalLM(config)
-    model.lm_head.weight.data.mul_(3)  # a reference with opinions: about 3 nats of entropy out of 8.3
     backbone = Backbone(model, rank=32, alpha=32)
     backbone.adapters.add("policy")
     backbone.adapters.add("value")
-    head = nn.Linear(64, 1)
+    head = nn.Linear(128, 1)
     nn.init.zeros_(head.weight)
-    first, second = torch.randn(16, 16), torch.randn(16, 16)
-    reward = ((first[:, :, None] + second[None]) / 2**0.5).flatten()
-    return World(backbone, head, reward)
+    table = torch.randn(16, 16)  # of a token and the next
+    reward = (table[QUERY[-1]][:, None, None] + table[:, :, None] + table).flatten()
+    world = World(backbone, head, reward)
+
+    drawn = model.lm_head.weight.clone()
+
+    def entropy(scale: float) -> float:
+        model.lm_head.weight.copy_(drawn * scale)
+        ref = world.logprobs(None)
+        return -float((ref.exp() * ref).sum())
+
+    def distance(scale: float) -> float:
+        best = (ref + scale * reward / CONFIG.beta).log_softmax(dim=0)
+        return float((best.exp() * (best - ref)).sum())
+
+    entropy(where(lambda scale: -entropy(scale), -3.0))
+    ref = world.logprobs(None)
+    world.reward = reward * where(distance, 0.5)
+    return world
+
+
+def where(rising: Callable[[float], float], wanted: float) -> float:
+    """The number at which it takes the wanted value."""
+    low, high = 0.01, 100.0
+    for _ in range(30):
+        middle = (low * high) ** 0.5
+        low, high = (middle, high) if rising(middle) < wanted else (low, middle)
+    return low
 
 
 @pytest.fixture(scope="module")
@@ -136,7 +161,7 @@ def with_wrong_positions(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     def shifted(answers: Sequence[Answer], device: torch.device) -> Batch:
         batch = collate(answers, device)
         # As if each response began where a longer, padded query ends.
-        positions = torch.arange(batch.input_ids.shape[1]) + 3 * (torch.arange(batch.input_ids.shape[1]) >= 2)
+        positions = torch.arange(batch.input_ids.shape[1]) + 60 * (torch.arange(batch.input_ids.shape[1]) >= 2)
         mask = torch.ones_like(batch.input_ids)
         return replace(batch, position_ids=positions.expand_as(mask), attention_mask=mask)
 
@@ -152,7 +177,7 @@ def after_a_mistake(world: World, mistake: Mistake | None) -> float:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if mistake:
             mistake(world, monkeypatch)
-        world.learn(replace(CONFIG, steps=15, learning_rate=1e-3, seed=1))
+        world.learn(replace(CONFIG, steps=12, learning_rate=3e-4, seed=1))
     left = world.reached()
     for name, state in kept.items():
         world.backbone.adapters.set_state(name, state)
@@ -165,9 +190,9 @@ def without_mistake(learned: World) -> float:
 
 
 def test_the_loop_stays_at_the_optimum(without_mistake: float) -> None:
-    assert without_mistake >= 0.96
+    assert without_mistake >= 0.97
 
 
 @pytest.mark.parametrize("mistake", [with_k3, with_unscaled_temperature, with_dropout, with_wrong_positions])
 def test_a_mistake_leads_away_from_the_optimum(learned: World, without_mistake: float, mistake: Mistake) -> None:
-    assert after_a_mistake(learned, mistake) < without_mistake - 0.05
+    assert after_a_mistake(learned, mistake) < without_mistake - 0.015

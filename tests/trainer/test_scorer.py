@@ -278,7 +278,7 @@ def test_without_a_reward_model_it_says_so_and_why(settings: Settings) -> None:
     model.reward_model = None
     with serving(settings, model):
         assert ask(settings) == (404, {"reward_model": None, "problem": None})
-        status, said = ask(settings, "POST", "{}")
+        status, said = ask(settings, "POST", "x" * 10_000_000)  # sent whole before the answer is read
         assert (status, "train first" in said["error"]) == (404, True)
         model.problem = "rm_1 cannot be loaded: torn"
         assert ask(settings, "POST", "{}") == (404, {"error": model.problem})

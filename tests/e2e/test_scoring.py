@@ -24,7 +24,7 @@ from trainer.encoding import ChatFormat
 from trainer.reward_model import RewardModel
 
 QUESTION = [{"role": "user", "content": "Can you give me a tip for better sleep?"}]
-ASKED = 24
+ASKED = 96
 
 
 @pytest.fixture(scope="module")
@@ -91,12 +91,13 @@ async def test_a_reward_model_of_the_record_chooses_what_people_are_shown(own_ho
         return model.rewards([chat.answer(QUESTION, text) for text in texts]).mean(dim=1).tolist()  # type: ignore[no-any-return]
 
     before, after = scores(plain), scores(best)
-    # The best of four of a normal distribution is 1.03 standard deviations above its mean.
+    # The best of four of a normal distribution is 1.03 standard deviations above its mean; by chance, with as many
+    # answers as these, a tenth more or less.
     assert fmean(after) > fmean(before) + 0.4 * stdev(before)
     noted = house.rows("SELECT json_extract(sampling, '$.best_of_n') FROM completions ORDER BY created_at")
     assert Counter(noted) == {(None,): ASKED, (4,): ASKED}
 
-    await ask(ASKED, feedback="always")
+    await ask(24, feedback="always")
     kinds = dict(house.rows("SELECT kind, count(*) FROM comparisons GROUP BY kind"))
     assert set(kinds) == {"active", "same_policy"}
     assert metric(house, "nightshift_unseen_answers_total") >= 3 * ASKED

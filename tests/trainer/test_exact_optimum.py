@@ -3,7 +3,7 @@
 Vocabulary 16, answers of three tokens: all 4,096 are enumerated. With a reward r and the reference's
 probabilities at the temperature of sampling, E[r] - beta * KL is largest at pi* = ref * exp(r / beta) / Z, and is
 beta * log Z there. The reward is a random table over successive tokens; whatever was drawn, the reference has 3 nats
-of entropy and the optimum is half a nat away. The adapters of this model can get there, so what is missing is the loop's.
+of entropy and the optimum is half a nat away. The adapters of this model can get there: what is missing is the loop's.
 """
 
 import itertools

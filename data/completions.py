@@ -60,19 +60,32 @@ class Outcomes:
     answers: int
     failed: int
     """The engine broke off."""
+    free: int
+    """Of those that did not fail, the ones that their client gave all the tokens there are."""
     unfinished: int
-    """Cut off at the most tokens that they might have."""
+    """Of the free, those cut off all the same."""
 
 
-def outcomes(db: Database, policy: str, *, since: str | None = None, until: str | None = None, limit: int) -> Outcomes:
-    """Of the first `limit` answers since then; or, with `until`, of the last `limit` until then."""
+def outcomes(
+    db: Database,
+    policy: str,
+    *,
+    most_tokens: int,
+    since: str | None = None,
+    until: str | None = None,
+    limit: int,
+) -> Outcomes:
+    """Of the first `limit` answers since then; or, with `until`, of the last `limit` until then. `most_tokens`: what
+    an answer may have where its client does not ask for less."""
     start = first_id("cpl", datetime.fromisoformat(since)) if since else ""
     end = first_id("cpl", datetime.fromisoformat(until)) if until else "cpl_~"
     row = db.execute(
-        "SELECT count(*), coalesce(sum(status = 'failed'), 0), coalesce(sum(finish_reason = 'length'), 0) FROM"
-        " (SELECT status, finish_reason FROM completions WHERE policy = ? AND id >= ? AND id < ?"
-        f" AND status <> 'aborted' ORDER BY id {'DESC' if until else 'ASC'} LIMIT ?)",
-        (policy, start, end, limit),
+        "SELECT count(*), coalesce(sum(failed), 0), coalesce(sum(free), 0), coalesce(sum(free AND cut), 0) FROM"
+        " (SELECT status = 'failed' AS failed, finish_reason = 'length' AS cut, status = 'complete'"
+        " AND coalesce(sampling ->> 'max_completion_tokens', sampling ->> 'max_tokens') >= ? AS free"
+        " FROM completions WHERE policy = ? AND id >= ? AND id < ? AND status <> 'aborted'"
+        f" ORDER BY id {'DESC' if until else 'ASC'} LIMIT ?)",
+        (most_tokens, policy, start, end, limit),
     ).fetchone()
     return Outcomes(*row)
 

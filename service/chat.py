@@ -67,6 +67,8 @@ class _Answer:
     """What the engine is asked."""
     created_at: str
     status: CompletionStatus = CompletionStatus.ABORTED
+    refused: bool = False
+    """The engine did not take the request: no answer was begun, and there is none to put on record."""
     first_token_ms: float | None = None
     total_ms: float = 0.0
     usage: dict[str, int] | None = None
@@ -573,8 +575,8 @@ async def _complete(call: _Call, answer: _Answer) -> None:
         first = error.errors(include_url=False, include_input=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise engine_failed(f"its answer is none of vLLM's: {place} {first['msg']}") from None
-    except ApiError:
-        answer.status = CompletionStatus.FAILED
+    except ApiError as error:
+        _note_failure(answer, error)
         raise
     answer.read = lambda: {
         choice.index: {
@@ -604,12 +606,20 @@ async def _forward(call: _Call, answer: _Answer, rewrite: sse.Rewriter, send: ss
             if not rewrite.ended:
                 raise engine_failed("the stream ended early")
             answer.status = CompletionStatus.COMPLETE
-    except ApiError:
-        answer.status = CompletionStatus.FAILED
+    except ApiError as error:
+        _note_failure(answer, error)
         raise
     finally:
         answer.usage = rewrite.usage
         answer.total_ms = _elapsed_ms(call)
+
+
+def _note_failure(answer: _Answer, error: ApiError) -> None:
+    # A request that vLLM will not have is its client's fault, and must not speak against the policy.
+    if error.status_code < 500:
+        answer.refused = True
+    else:
+        answer.status = CompletionStatus.FAILED
 
 
 @asynccontextmanager
@@ -696,7 +706,8 @@ def _rows(call: _Call, answer: _Answer) -> list[Completion]:
 def _log(call: _Call, answer: _Answer) -> None:
     """Put the answer on record, in the event loop's next turn: the last bytes leave first, and what was said is read
     after them."""
-    asyncio.get_running_loop().call_soon(_hand_to_writer, call, answer)
+    if not answer.refused:
+        asyncio.get_running_loop().call_soon(_hand_to_writer, call, answer)
 
 
 def _hand_to_writer(call: _Call, answer: _Answer) -> None:

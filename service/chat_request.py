@@ -1,8 +1,8 @@
 """What a chat request may hold: OpenAI's schema as far as vLLM serves it, and `feedback`."""
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from data.types import Feedback
 
@@ -35,6 +35,13 @@ class _Message(BaseModel):
     name: str | None = None
     tool_calls: list[_ToolCall] | None = None
     tool_call_id: str | None = None
+
+    @model_validator(mode="after")
+    def _says_something(self) -> Self:
+        if self.content is None and not (self.role == "assistant" and self.tool_calls):
+            also = ", or 'tool_calls'" if self.role == "assistant" else ""
+            raise ValueError(f"a message of role '{self.role}' needs 'content'{also}")
+        return self
 
 
 class _StreamOptions(BaseModel):
@@ -73,6 +80,9 @@ class _ToolChoice(BaseModel):
     function: _FunctionName
 
 
+_Stop = Annotated[str, Field(min_length=1)]
+
+
 class ChatRequest(BaseModel):
     """OpenAI's request, as far as vLLM serves it, and `feedback`. What is not named here is refused by name."""
 
@@ -96,7 +106,7 @@ class ChatRequest(BaseModel):
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
     repetition_penalty: Annotated[float, Field(gt=0)] | None = None
     seed: Annotated[int, Field(ge=-(2**63), lt=2**63)] | None = None
-    stop: str | Annotated[list[str], Field(max_length=16)] | None = None
+    stop: _Stop | Annotated[list[_Stop], Field(max_length=4)] | None = None
     logit_bias: Annotated[dict[str, float], Field(max_length=300)] | None = None
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None

@@ -17,7 +17,7 @@ from pysqlite3 import dbapi2 as sqlite3
 
 from data.settings import EngineSettings
 from data.types import Policy
-from service.errors import ApiError, engine_failed, not_ready
+from service.errors import ApiError, engine_failed, not_ready, rejected_by_engine
 
 log = logging.getLogger("nightshift.engine")
 
@@ -391,7 +391,7 @@ async def _refusal(response: aiohttp.ClientResponse) -> ApiError:
     except (ValueError, KeyError, TypeError):
         message, param = text[:500], None
     if response.status in (400, 422):
-        return ApiError(400, message, code="rejected_by_engine", param=param)
+        return rejected_by_engine(message, param)
     if response.status in (429, 503):
         return ApiError(
             503,

@@ -59,6 +59,10 @@ def engine_failed(detail: str) -> ApiError:
     )
 
 
+def rejected_by_engine(message: str, param: str | None = None) -> ApiError:
+    return ApiError(400, message, code="rejected_by_engine", param=param)
+
+
 def storage_unavailable(error: Exception) -> ApiError:
     log.error("The record could not be written or read: %s", error)
     return ApiError(

@@ -320,8 +320,8 @@ class HotSwap:
         figures = {
             "failed": ((before.failed, before.answers), (after.failed, after.answers)),
             "were cut off at their most tokens": (
-                (before.unfinished, before.answers - before.failed),
-                (after.unfinished, after.answers - after.failed),
+                (before.unfinished, before.free),
+                (after.unfinished, after.free),
             ),
         }
         for what, (was, is_now) in figures.items():
@@ -340,9 +340,12 @@ class HotSwap:
     def _outcomes(self, swap: Swap) -> tuple[Outcomes, Outcomes]:
         """How the predecessor's last and the new policy's first answers ended; it reads many rows."""
         assert swap.replaced is not None
+        most = self._settings.chat.max_tokens
+        most = min(most, self._engines.context_length or most)
         with closing(connect(self._settings.database)) as db:
-            before = completions.outcomes(db, swap.replaced, until=swap.flipped_at, limit=BEFORE_ANSWERS)
-            return before, completions.outcomes(db, swap.policy, since=swap.flipped_at, limit=AFTER_ANSWERS)
+            look = partial(completions.outcomes, db, most_tokens=most)
+            before = look(swap.replaced, until=swap.flipped_at, limit=BEFORE_ANSWERS)
+            return before, look(swap.policy, since=swap.flipped_at, limit=AFTER_ANSWERS)
 
     def _go_back(self, db: Database, swap: Swap, reason: str) -> None:
         self._check_lease(db)

@@ -11,7 +11,7 @@ import orjson
 from fastapi import Response
 from starlette.types import Receive, Scope, Send
 
-from service.errors import ApiError, engine_failed
+from service.errors import ApiError, engine_failed, rejected_by_engine
 
 _T = TypeVar("_T")
 
@@ -80,7 +80,10 @@ class Rewriter:
     def _slowly(self, event: bytes) -> bytes:
         chunk = orjson.loads(event[6:])
         if "error" in chunk:
-            raise engine_failed(str(chunk["error"].get("message", "no reason given"))[:200])
+            message = str(chunk["error"].get("message", "no reason given"))
+            if chunk["error"].get("code") == 400:
+                raise rejected_by_engine(message)
+            raise engine_failed(message[:200])
         if chunk.get("usage"):
             self.usage = {name: int(chunk["usage"][name]) for name in USAGE}
         if not chunk.get("choices"):

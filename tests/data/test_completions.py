@@ -47,8 +47,8 @@ def test_only_the_answers_that_are_counted_are_read(
 
     def look() -> int:
         now = timestamp(plus_s=1.0)
-        return work(lambda: completions.outcomes(db, "policy-0000", until=now, limit=4)) + work(
-            lambda: completions.outcomes(db, new, since=timestamp(plus_s=-3600.0), limit=4)
+        return work(lambda: completions.outcomes(db, "policy-0000", most_tokens=512, until=now, limit=4)) + work(
+            lambda: completions.outcomes(db, new, most_tokens=512, since=timestamp(plus_s=-3600.0), limit=4)
         )
 
     for policy in ("policy-0000", new):

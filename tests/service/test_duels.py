@@ -398,15 +398,24 @@ AddAnswers = Callable[..., None]
 
 @pytest.fixture
 def add_answers(house: House, db: Database) -> AddAnswers:
-    def add(policy: str, *, good: int = 0, failed: int = 0, unfinished: int = 0, aborted: int = 0) -> None:
+    def add(
+        policy: str,
+        *,
+        good: int = 0,
+        failed: int = 0,
+        unfinished: int = 0,
+        aborted: int = 0,
+        sampling: dict[str, int] | None = None,
+    ) -> None:
         kinds = [(CompletionStatus.COMPLETE, "stop")] * good + [(CompletionStatus.FAILED, None)] * failed
         kinds += [(CompletionStatus.COMPLETE, "length")] * unfinished + [(CompletionStatus.ABORTED, None)] * aborted
+        sampling = sampling or {"max_tokens": house.state.settings.chat.max_tokens}
         key = house.keys[Role.USER].id
         with transaction(db):
             for how, finish in kinds:
                 completions.insert(db, Completion(
                     id=new_id("cpl"), key_id=key, user=key, conversation="", messages=[], answer="", policy=policy,
-                    sampling={}, status=how, finish_reason=finish, prompt_tokens=1, completion_tokens=1,
+                    sampling=sampling, status=how, finish_reason=finish, prompt_tokens=1, completion_tokens=1,
                     first_token_ms=None, total_ms=1.0, created_at=timestamp(),
                 ))  # fmt: skip
 
@@ -442,3 +451,18 @@ async def test_a_policy_like_its_predecessor_stays(
     await rounds(house, "_compare_with_predecessor")
     assert house.state.engines.serving == name
     assert swaps.pending(db) is None
+
+
+async def test_answers_that_their_client_kept_short_say_nothing_about_a_policy(
+    house: House, db: Database, promoted: Promoted, add_answers: AddAnswers
+) -> None:
+    add_answers(BASE_POLICY, good=200)
+    await asyncio.sleep(0.002)
+    name = await promoted(house)
+    for short in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 512, "max_completion_tokens": 5}):
+        add_answers(name, good=10, unfinished=30, sampling=short)
+    await rounds(house, "_compare_with_predecessor")
+    assert house.state.engines.serving == name
+    add_answers(name, good=20, unfinished=20, sampling={"max_completion_tokens": 512})
+    await eventually(lambda: house.state.engines.serving == BASE_POLICY)
+    assert "20 of 40" in swaps.list_swaps(db)[0].reason

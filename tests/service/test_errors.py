@@ -208,6 +208,7 @@ async def test_an_unknown_parameter_is_400_by_name(house: House, engine: FakeEng
         *(("presence_penalty", 2.1), ("frequency_penalty", -2.1), ("repetition_penalty", 0)),
         *(("n", 0), ("max_tokens", 0), ("max_completion_tokens", -1), ("top_logprobs", 21), ("seed", 2**63)),
         *(("seed", 1.5), ("stream", "maybe"), ("feedback", "sometimes"), ("messages", []), ("user", "x" * 201)),
+        *(("stop", list("abcde")), ("stop", ["x", ""]), ("stop", ""), ("stop", [7])),
         *(("logit_bias", 3), ("tools", "hammer"), ("response_format", "json"), ("metadata", {"a": {}})),
     ],
 )
@@ -224,6 +225,17 @@ async def test_a_value_out_of_range_is_400_by_name(house: House, engine: FakeEng
 async def test_a_message_that_is_wrong_is_named_by_its_place(house: House) -> None:
     answer = await house.chat(messages=[{"role": "user", "content": "Hello"}, {"role": "wizard", "content": "Hm"}])
     assert_error(answer, 400, "invalid_request_error", "invalid_value", "'messages.1.role'", param="messages.1.role")
+
+
+@pytest.mark.parametrize("role", ["user", "system", "developer", "assistant", "tool"])
+@pytest.mark.parametrize("nothing", [{}, {"content": None}], ids=["left out", "null"])
+async def test_a_message_that_says_nothing_is_400(
+    house: House, engine: FakeEngine, role: str, nothing: dict[str, Any]
+) -> None:
+    answer = await house.chat(messages=[{"role": "user", "content": "Hello"}, {"role": role} | nothing])
+    says = f"a message of role '{role}' needs 'content'"
+    assert_error(answer, 400, "invalid_request_error", "invalid_value", says, param="messages.1")
+    assert engine.chats == []
 
 
 async def test_a_part_that_is_not_text_is_400(house: House, engine: FakeEngine) -> None:
@@ -385,6 +397,17 @@ async def test_what_the_engine_refuses_is_400_in_its_words(house: House, engine:
             "maximum context length is 64",
             param="messages",
         )
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("feedback", ["off", "always"])
+async def test_what_the_engine_refuses_does_not_speak_against_the_policy(
+    house: House, engine: FakeEngine, stream: bool, feedback: str
+) -> None:
+    engine.answer = lambda body: Refusal(400, "This model's maximum context length is 64 tokens.")
+    assert (await house.chat(stream=stream, feedback=feedback)).status == 400
+    # A stream does not wait for what becomes of the second answer.
+    assert {row["status"] for row in await house.rows("completions")} <= {"aborted"}
 
 
 async def test_what_the_engine_refuses_without_json_is_400_all_the_same(house: House, engine: FakeEngine) -> None:

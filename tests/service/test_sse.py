@@ -245,6 +245,14 @@ def test_an_error_event_is_an_error_in_the_engine_s_words() -> None:
     assert "EngineCore died" in caught.value.body["error"]["message"]
 
 
+def test_an_error_event_that_is_the_client_s_fault_is_400() -> None:
+    event = b'data: {"error": {"message": "logit_bias is out of the vocabulary", "code": 400}}\n\n'
+    with pytest.raises(ApiError) as caught:
+        rewrite([event], rewriter())
+    assert caught.value.status_code == 400
+    assert caught.value.body["error"]["message"] == "logit_bias is out of the vocabulary"
+
+
 def test_an_error_that_runs_on_is_cut_short() -> None:
     event = b'data: {"error": {"message": "' + b"x" * 5000 + b'"}}\n\n'
     with pytest.raises(ApiError) as caught:

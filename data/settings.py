@@ -14,6 +14,7 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 STARTER = Path(__file__).parent / "starter"
 """The chat model that the project ships."""
@@ -111,6 +112,54 @@ class ServingSettings(_Section):
     """Seconds that the answers of one request wait for the reward model's scores; then it goes without them."""
 
 
+_Count = Annotated[int, Field(ge=1)]
+_Share = Annotated[float, Field(ge=0, le=1)]
+_Positive = Annotated[float, Field(gt=0, allow_inf_nan=False)]
+_NotNegative = Annotated[float, Field(ge=0, allow_inf_nan=False)]
+_Seed = Annotated[int, Field(ge=0, lt=2**32)]
+
+
+class RewardFields(TypedDict, total=False):
+    """What of trainer.reward_model.RewardConfig, which describes it, is to differ."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    heads: _Count
+    epochs: _Count
+    batch: _Count
+    microbatch_tokens: _Count
+    learning_rate: _Positive
+    centring: _NotNegative
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
+    side_term: bool
+    max_grad_norm: _Positive
+    seed: _Seed
+
+
+class PPOFields(TypedDict, total=False):
+    """What of trainer.ppo.PPOConfig, which describes it, is to differ."""
+
+    __pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[misc]
+
+    steps: _Count
+    rollouts: _Count
+    epochs: _Count
+    minibatch: _Count
+    microbatch_tokens: _Count
+    learning_rate: _Positive
+    beta: _NotNegative
+    gamma: _Share
+    lam: _Share
+    clip: Annotated[float, Field(gt=0, lt=1)]
+    value_clip: _Positive
+    temperature: _Positive
+    missing_end_score: Annotated[float, Field(allow_inf_nan=False)] | None
+    kl_budget: _Positive
+    importance_cap: _Positive
+    max_grad_norm: _Positive
+    seed: _Seed
+
+
 class TrainingSettings(_Section):
     min_votes: int = Field(100, ge=1)
     """Fewer decisive votes on the training side than this, and a run fails: there is too little to learn from."""
@@ -143,9 +192,9 @@ class TrainingSettings(_Section):
     """How far training stands back for everything else on the machine."""
     seed: int = 0
     """Of everything random in a run."""
-    reward: dict[str, int | float] = {}
+    reward: RewardFields = {}
     """Fields of trainer.reward_model.RewardConfig, e.g. { heads = 1, learning_rate = 1e-4 }."""
-    ppo: dict[str, int | float] = {}
+    ppo: PPOFields = {}
     """Fields of trainer.ppo.PPOConfig, e.g. { steps = 100, beta = 0.1 }."""
 
     @field_validator("rank")
@@ -245,7 +294,20 @@ def load_settings(**given: object) -> Settings:
     try:
         return Settings(**given)  # type: ignore[arg-type]
     except ValidationError as error:
-        lines = [f"{'.'.join(str(part) for part in e['loc'])}: {e['msg']}" for e in error.errors()]
-        raise BadSettings("Bad setting: " + "; ".join(lines)) from None
-    except (SettingsError, ValueError) as error:
-        raise BadSettings(f"The settings cannot be read: {error}") from None
+        raise BadSettings("Bad setting: " + "; ".join(_what_is_wrong(**one) for one in error.errors())) from None
+    except SettingsError as error:
+        value = getattr(error.__cause__, "doc", None)
+        names = [name for name in os.environ if name.upper().startswith("NIGHTSHIFT_") and os.environ[name] == value]
+        if not names:
+            raise BadSettings(f"The settings cannot be read: {error}") from None
+        raise BadSettings(
+            f"{names[0]} in the environment must be JSON, and {value} is not: {error.__cause__}."
+            " For example NIGHTSHIFT_ENGINE__URLS='[\"http://10.0.0.5:8000\"]' or NIGHTSHIFT_TRAINING__PPO__STEPS=64."
+        ) from None
+    except ValueError as error:
+        raise BadSettings(f"{config or 'nightshift.toml'} cannot be read: {error}") from None
+
+
+def _what_is_wrong(loc: tuple[int | str, ...], type: str, msg: str, **more: object) -> str:
+    place = ".".join(str(part) for part in loc)
+    return f"there is no {place}" if type == "extra_forbidden" else f"{place}: {msg}"

@@ -17,7 +17,7 @@ from tests.conftest import FakeEngine, House
 ROOT = Path(__file__).parent.parent
 PRODUCT = ("data", "service", "trainer")
 
-DATA_MAY_IMPORT = {"data", "sqlite_utils", "pysqlite3", "pydantic", "pydantic_settings"}
+DATA_MAY_IMPORT = {"data", "sqlite_utils", "pysqlite3", "pydantic", "pydantic_settings", "typing_extensions"}
 PURE = ["service/markdown.py", "service/pairing.py", "service/trial.py", "trainer/gate.py", "trainer/ppo_math.py"]
 OUTSIDE_WORLD = {
     *("aiohttp", "asyncio", "fastapi", "http", "httpx", "os", "pathlib", "pysqlite3", "requests", "secrets", "socket"),

@@ -423,13 +423,9 @@ class _Night:
         return self._config(PPOConfig, "ppo")
 
     def _config(self, kind: type[C], section: str) -> C:
-        """The settings' fields of a config, under what the run itself asks for."""
-        given = getattr(self.settings.training, section) | self.run.config.get(section, {})
+        """The settings' fields of a config; a run may ask for its own seed."""
         seed = self.run.config.get("seed", self.settings.training.seed)
-        try:
-            return kind(**({"seed": seed} | given))
-        except TypeError as error:
-            raise CannotLearn(f"A setting in training.{section} does not exist: {error}.") from error
+        return kind(**({"seed": seed} | getattr(self.settings.training, section)))
 
     def _stage(self, name: str) -> None:
         self.keeper.stage(name)

@@ -1,9 +1,21 @@
+from dataclasses import asdict
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
-from pydantic import BaseModel
+from pydantic import BaseModel, TypeAdapter
 
-from data.settings import STARTER, BadSettings, ServerSettings, Settings, load_settings
+from data.settings import (
+    STARTER,
+    BadSettings,
+    PPOFields,
+    RewardFields,
+    ServerSettings,
+    Settings,
+    load_settings,
+)
+from trainer.ppo import PPOConfig
+from trainer.reward_model import RewardConfig
 
 pytestmark = pytest.mark.usefixtures("plain_environment")
 
@@ -37,6 +49,13 @@ def test_a_whole_number_in_the_environment_stays_one(monkeypatch: pytest.MonkeyP
     assert str(load_settings().training.ppo) == "{'steps': 12, 'beta': 0.5}"
 
 
+@pytest.mark.parametrize(("fields", "config"), [(RewardFields, RewardConfig), (PPOFields, PPOConfig)])
+def test_a_run_s_settings_are_its_configs_fields_and_take_their_defaults(fields: type, config: type) -> None:
+    defaults = asdict(config())
+    assert list(get_type_hints(fields)) == list(defaults)
+    assert TypeAdapter(fields).validate_python(defaults, strict=True) == defaults
+
+
 def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("NIGHTSHIFT_STATE", "from-environment")
     assert load_settings().state == Path("from-environment")
@@ -66,9 +85,13 @@ def test_a_file_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatch) -> Non
         ("[chat]\nmax_tokens = 0", r"chat\.max_tokens"),
         ("[engine]\nmax_adapters = 2", r"engine\.max_adapters"),
         ("[engine]\nurls = 'http://one'", r"engine\.urls"),
-        ("statt = 'x'", "statt"),
+        ("[training.ppo]\nsteps = 2.5", r"training\.ppo\.steps"),
+        ("[training.ppo]\nbeta = nan", r"training\.ppo\.beta"),
+        ("[training.ppo]\nstpes = 2", r"there is no training\.ppo\.stpes"),
+        ("[training.reward]\nlabel_smoothing = 0.5", r"training\.reward\.label_smoothing"),
+        ("statt = 'x'", "there is no statt"),
         ("[sever]\nport = 1", "sever"),
-        ("this is not toml", "cannot be read"),
+        ("this is not toml", r"nightshift\.toml cannot be read"),
     ],
 )
 def test_a_bad_value_in_the_file_is_named(tmp_path: Path, toml: str, named: str) -> None:
@@ -83,8 +106,12 @@ def test_a_bad_value_in_the_file_is_named(tmp_path: Path, toml: str, named: str)
         ("NIGHTSHIFT_SERVER__PORT", "x", r"server\.port"),
         ("NIGHTSHIFT_SERVER__PROT", "1", r"server\.prot"),
         ("NIGHTSHIFT_COMPARISONS__RATE", "-1", r"comparisons\.rate"),
-        ("NIGHTSHIFT_ENGINE__URLS", "http://one", "engine"),
-        ("NIGHTSHIFT_SERVER", "not json", "server"),
+        ("NIGHTSHIFT_ENGINE__URLS", "http://one", "^NIGHTSHIFT_ENGINE__URLS in the environment must be JSON"),
+        ("NIGHTSHIFT_SERVER", "not json", "^NIGHTSHIFT_SERVER in the environment must be JSON, and not json is not"),
+        ("NIGHTSHIFT_TRAINING__PPO", "steps=3", "^NIGHTSHIFT_TRAINING__PPO in the environment must be JSON"),
+        ("NIGHTSHIFT_TRAINING__PPO", '{"stpes": 3}', r"there is no training\.ppo\.stpes"),
+        ("NIGHTSHIFT_TRAINING__PPO__STEPS", "0", r"training\.ppo\.steps"),
+        ("NIGHTSHIFT_TRAINING__REWARD__HEADS", "many", r"training\.reward\.heads"),
     ],
 )
 def test_a_bad_value_in_the_environment_is_named(

@@ -409,11 +409,10 @@ def test_the_end_of_a_run_can_be_written_on_a_full_disk(
 @pytest.mark.parametrize(
     ("training", "sentence"),
     [
-        ({"ppo": {"stpes": 3}}, r"training.ppo does not exist: .*'stpes'"),
         ({"rank": 64}, "training.rank is 64, and the engine serves adapters up to engine.max_lora_rank = 16"),
         ({"rollouts": "engine"}, "No running vLLM is known: start `nightshift up`.*training.rollouts"),
     ],
-    ids=["a name", "a rank", "no engine"],
+    ids=["a rank", "no engine"],
 )
 def test_settings_that_cannot_work(settings: Settings, db: Database, training: dict[str, Any], sentence: str) -> None:
     failed(changed(settings, **training), db, sentence)

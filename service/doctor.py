@@ -16,6 +16,7 @@ from importlib.metadata import PackageNotFoundError, version
 from data.settings import Settings
 
 NEEDED_DISK_GIB = 2.0
+OTHER_STATE = "Name that one's folder with --state, or choose another server.port for this one."
 INSTALL_AGAIN = "Run `make up` again (on a GPU machine: make up EXTRA=gpu)."
 
 
@@ -148,7 +149,9 @@ def _service(settings: Settings) -> Iterator[Check]:
     try:
         with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
             yield Check("Service", True, f"{address} is ready: {response.read(200).decode(errors='replace')}")
-        if settings.wants_scores:
+        if not settings.database.exists():
+            yield Check("Port", False, f"{address} serves another state folder than {settings.state}", OTHER_STATE)
+        elif settings.wants_scores:
             yield _scorer(settings)
         return
     except urllib.error.HTTPError as error:

@@ -143,8 +143,15 @@ async def up(
     for number in (signal.SIGINT, signal.SIGTERM):
         loop.add_signal_handler(number, stop.set)
 
-    settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what people say
-    (settings.state / "logs").mkdir(exist_ok=True)
+    try:
+        settings.state.mkdir(mode=0o700, parents=True, exist_ok=True)  # it holds what people say
+        (settings.state / "logs").mkdir(exist_ok=True)
+    except OSError as error:
+        raise StartError(
+            f"The state folder {settings.state} cannot be used ({error.strerror}: {error.filename}). Name another with"
+            " --state."
+        ) from None
+    answering = False
     with _only_one(settings.state):
         check_port(settings.server.host, settings.server.port)
         model = find_model(settings.model)
@@ -159,6 +166,7 @@ async def up(
             watchers = [child.watcher for child in children if child.watcher is not None]
             await _first_of(came_up, stopped, *watchers)
             if not stop.is_set():
+                answering = True
                 ready(settings.server.url, token)
                 await _first_of(stopped, *watchers)
             came_up.cancel()
@@ -167,6 +175,8 @@ async def up(
                 loop.remove_signal_handler(number)  # a second Ctrl-C interrupts the wait below
             note("stopping")
             for child in reversed(children):
+                if child.name == "engine" and not answering:
+                    child.stop_s = 1.0  # vLLM does not listen while it starts, and has no answer to finish
                 await child.stop()
             _engine_file(settings.state).unlink(missing_ok=True)
 

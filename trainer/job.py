@@ -174,8 +174,14 @@ class _Night:
                 f"training.rank is {training.rank}, and the engine serves adapters up to engine.max_lora_rank ="
                 f" {largest}: raise that, or lower this."
             )
+        try:
+            config = cached_file(model, "config.json", local_files_only=True)  # the hub may be far, or nowhere
+        except OSError as error:
+            raise CannotLearn(
+                f"{model} is no model folder, and not in this machine's cache of the Hugging Face hub: `nightshift up"
+                f" --model {model}` downloads it."
+            ) from error
         # Raises where the votes and policies are another model's.
-        config = cached_file(model, "config.json")
         registry.ensure_base_policy(self.db, self.settings.state, Path(str(config)).parent)
         try:
             backbone = Backbone.load(model, rank=training.rank, alpha=training.alpha, bf16=training.bf16)

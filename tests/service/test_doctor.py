@@ -223,6 +223,17 @@ async def test_a_service_that_is_ready_is_good(open_house: OpenHouse, engine: Fa
     assert "policy-0000" in check.found
 
 
+async def test_a_service_of_another_state_folder_is_no_scorer_that_is_silent(
+    open_house: OpenHouse, engine: FakeEngine, tmp_path: Path
+) -> None:
+    house = await open_house(engine)
+    settings = _at(house.settings, house.url).model_copy(update={"state": tmp_path / "new"})
+    checks = await asyncio.to_thread(bad, settings)
+    assert "Scorer" not in checks
+    assert "another state folder" in checks["Port"].found
+    assert "--state" in checks["Port"].mend
+
+
 async def test_a_service_that_is_not_ready_is_bad_and_says_why(open_house: OpenHouse, engine: FakeEngine) -> None:
     engine.health = 500
     house = await open_house(engine, ready=False)

@@ -129,6 +129,40 @@ async def test_an_engine_that_never_comes_up_ends_the_start_with_its_last_words(
         pass  # the lock is free again
 
 
+async def test_an_engine_that_is_deaf_while_it_starts_is_not_waited_for(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_environment: None
+) -> None:
+    monkeypatch.setenv("NIGHTSHIFT_STATE", str(tmp_path / "state"))
+    monkeypatch.setenv("NIGHTSHIFT_SERVER__PORT", str(supervisor._free_port()))
+    monkeypatch.setenv("NIGHTSHIFT_MODEL", str(tiny_model(tmp_path / "model")))
+    monkeypatch.setattr(supervisor, "ENGINE_STOP_S", 3600.0)
+    deaf = tmp_path / "deaf"
+    script = (
+        "import pathlib, signal, time\n"
+        "signal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+        f"pathlib.Path({str(deaf)!r}).touch()\n"
+        "time.sleep(3600)\n"
+    )
+    monkeypatch.setattr(supervisor, "engine_command", lambda *_: [sys.executable, "-c", script])
+    house = asyncio.create_task(
+        supervisor.up(load_settings(), make_key=False, waiting=lambda _: None, ready=lambda *_: None)
+    )
+    await until(deaf.exists, 60)
+    os.kill(os.getpid(), signal.SIGTERM)
+    await house
+
+
+async def test_a_state_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    with pytest.raises(StartError, match=r"file/state cannot be used .*--state"):
+        await supervisor.up(
+            Settings(state=tmp_path / "file" / "state"),
+            make_key=True,
+            waiting=lambda _: None,
+            ready=lambda *_: None,
+        )
+
+
 def test_only_one_house_runs_on_a_state_folder(tmp_path: Path) -> None:
     with supervisor._only_one(tmp_path), pytest.raises(StartError, match=rf"process {os.getpid()}\) already runs"):
         supervisor._only_one(tmp_path)

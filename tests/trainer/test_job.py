@@ -426,6 +426,10 @@ def test_another_model_than_the_votes_are_for(settings: Settings, db: Database, 
     failed(settings.model_copy(update={"model": str(other)}), db, "was made for another base model.*--model")
 
 
+def test_a_model_that_is_not_here(settings: Settings, db: Database) -> None:
+    failed(settings.model_copy(update={"model": "nobody/nothing"}), db, "nightshift up --model nobody/nothing")
+
+
 def test_a_model_without_a_chat_template(settings: Settings, db: Database) -> None:
     for name in ("chat_template.jinja", "tokenizer_config.json"):
         path = Path(settings.model) / name

@@ -84,6 +84,20 @@ async def test_a_run_is_asked_for_watched_and_fails_loudly(house: House, db: Dat
     await expect(page.get_by_role("button", name="Train now")).to_be_enabled()
 
 
+async def test_the_first_line_knows_of_the_first_run(
+    house: House, db: Database, add_pair: AddPair, open_page: OpenPage
+) -> None:
+    await house.vote(add_pair(house.keys[Role.USER].id), "a")
+    page = await open_page(house, "/board", role=Role.OPERATOR)
+    await expect(page.get_by_text("Not yet: 1 vote, and a run needs 100 to learn from.")).to_be_visible()
+    with transaction(db):
+        runs.request(db, requested_by="cli", config={})
+    await expect(page.get_by_text("Not yet: 1 vote, and a run is queued.")).to_be_visible()
+    with transaction(db):
+        runs.claim(db)
+    await expect(page.get_by_text("Not yet: 1 vote, and a run is under way.")).to_be_visible()
+
+
 async def test_a_run_is_cancelled_after_asking_once(house: House, db: Database, open_page: OpenPage) -> None:
     with transaction(db):
         asked = runs.request(db, requested_by="cli", config={})

@@ -75,7 +75,7 @@ async function show() {
   const minute = board.at.slice(0, 16); // what says "3 minutes ago" is drawn anew every minute
   paint("acts", [board.predecessor, activeRun()?.id], acts);
   paint("alarms", [board.engines, board.runs[0], board.swaps, board.pending, board.clock_runs, board.schedules.length, minute], alarms);
-  paint("verdict", [board.policies, board.votes, board.swaps, board.reward_models.length, minute], verdict);
+  paint("verdict", [board.policies, board.votes, board.swaps, board.reward_models.length, activeRun()?.status, minute], verdict);
   paint("figures", [board.votes.choices, board.votes.days, board.votes.since_last_run, board.agreement, board.gold, board.first_share, board.reward_models.at(-1), serving()?.name, minute], tiles);
   showRun();
   showDuel(minute);
@@ -187,6 +187,8 @@ function verdict() {
   if (now && now.parent && swap) return [el("strong", {}, `Yes: ${now.name} serves`), `; it took the place of ${swap.replaced} `, when(swap.flipped_at), `. ${sentence(swap.reason)}`];
   if (latest?.status === "trial") return `${latest.name} passed the gate and is on trial against ${now?.name ?? "nobody"}: votes decide.`;
   if (latest?.parent) return `Not yet: ${now?.name ?? "nothing"} serves. ${latest.problem ?? `${latest.name} is ${latest.status.replace("_", " ")}.`}`;
+  const run = activeRun();
+  if (run) return `Not yet: ${plural(total(), "vote")}, and ${run.status === "queued" ? "a run is queued" : "a run is under way"}.`;
   const missing = board.votes.needed - total();
   if (missing > 0) return `Not yet: ${plural(total(), "vote")}, and a run needs ${board.votes.needed} to learn from.`;
   return board.runs.some((run) => run.status === "succeeded") ? "Not yet: no run has made a policy that serves." : `Not yet: ${plural(total(), "vote")} wait for a first run. Train now, or add a schedule.`;

@@ -3,6 +3,7 @@
 import json as jsonlib
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -154,9 +155,13 @@ def chat(
     from service.terminal import ChatError, converse
 
     settings = read_settings()
+    if message is not None and not message.strip():
+        raise fail("There is nothing to say in an empty message.")
     if not key:
         raise fail("An API key is needed: set NIGHTSHIFT_API_KEY, or use --key. `nightshift keys create` makes one.")
     address = url or settings.server.url
+    if not address.startswith(("http://", "https://")):
+        raise fail(f"'{address}' is no address of an API: it begins with http:// or https://.")
     try:
         asyncio.run(
             converse(address, key, model=settings.chat.model_name, feedback=feedback, message=message, json=json)
@@ -228,7 +233,10 @@ def stats(state: State = None, json: Json = False) -> None:
         typer.echo(jsonlib.dumps(figures))
         return
     for name, value in figures.items():
-        typer.echo(f"{name}: {value}")
+        if isinstance(value, dict):
+            parts = ", ".join(f"{part} {count}" for part, count in value.items())
+            value = f"{sum(value.values())} ({parts})" if value else 0
+        typer.echo(f"{name}: {'none yet' if value is None else value}")
 
 
 @keys_app.command("create")
@@ -315,8 +323,15 @@ def votes_export(
         sys.stdout.write(text)
         return
     unfinished = output.with_name(output.name + ".part")
-    unfinished.write_text(text)
-    unfinished.replace(output)
+    try:
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch(mode=0o600)  # it holds what people say
+        unfinished.write_text(text)
+        unfinished.replace(output)
+    except OSError as error:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise fail(f"{output} cannot be written: {error.strerror}.") from None
     typer.echo(f"{len(lines)} votes written to {output}", err=True)
 
 

@@ -250,21 +250,27 @@ def runs_watch(
 
 
 @runs_app.command("cancel")
-def runs_cancel(id: str, state: State = None, json: Json = False) -> None:
+def runs_cancel(
+    id: Annotated[str | None, typer.Argument(help="[default: the run under way]")] = None,
+    state: State = None,
+    json: Json = False,
+) -> None:
     """Cancel a queued run at once; a running one ends in order a little later."""
     from data import runs
     from data.database import transaction
     from service.run_watch import OVER, run_json
 
     with open_record(state) as db, transaction(db):
-        run = _find_run(db, id)
+        run = runs.active(db) if id is None else _find_run(db, id)
+        if run is None:
+            raise fail("No run is queued or under way.")
         if run.status in OVER:
-            raise fail(f"{id} has ended already ({run.status}).")
-        run = runs.cancel(db, id, actor="cli")
+            raise fail(f"{run.id} has ended already ({run.status}).")
+        run = runs.cancel(db, run.id, actor="cli")
     if json:
         print_json(run_json(run))
     else:
-        typer.echo(f"{id} {'is cancelled' if run.status in OVER else 'is asked to stop'}")
+        typer.echo(f"{run.id} {'is cancelled' if run.status in OVER else 'is asked to stop'}")
 
 
 def _find_run(db: "Database", id: str) -> Any:

@@ -1,7 +1,7 @@
 """What the verbs of the `nightshift` command share: options, the record, tables, and how to fail."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -36,16 +36,22 @@ def read_settings(**given: Any) -> "Settings":
 @contextmanager
 def open_record(state: Path | None) -> Iterator["Database"]:
     """A connection to the record; a verb must not make one where there is none."""
+    from pysqlite3 import dbapi2 as sqlite3
+
     from data.database import connect
 
     settings = read_settings(state=state)
     if not settings.database.exists():
         raise fail(f"There is no record at {settings.database} yet. Start with `nightshift up`, or name its --state.")
-    db = connect(settings.database)
     try:
-        yield db
-    finally:
-        db.close()
+        with closing(connect(settings.database)) as db:
+            yield db
+    except sqlite3.DatabaseError as error:
+        if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
+            raise  # a fault of ours
+        raise fail(
+            f"The record {settings.database} cannot be used ({error}). `nightshift doctor` says what is wrong with it."
+        ) from None
 
 
 def print_json(value: Any) -> None:

@@ -18,6 +18,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from pysqlite3 import dbapi2 as sqlite3
+
 from data import keys, registry
 from data.database import connect, transaction
 from data.settings import Settings
@@ -251,7 +253,13 @@ def find_model(model: str, *, download: bool = True) -> Path:
 
 
 def _prepare_record(settings: Settings, model: Path, *, make_key: bool) -> str | None:
-    db = connect(settings.database)
+    try:
+        db = connect(settings.database)
+    except sqlite3.DatabaseError as error:
+        raise StartError(
+            f"The record {settings.database} cannot be used ({error}). Restore it from a backup, or start anew with"
+            " another --state folder."
+        ) from None
     try:
         registry.ensure_base_policy(db, settings.state, model)
         if not make_key:

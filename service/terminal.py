@@ -3,7 +3,7 @@
 import json as jsonlib
 import sys
 from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, nullcontext
 from typing import Any
 
 import aiohttp
@@ -105,23 +105,30 @@ def _read_line(console: Console) -> str | None:
 async def _turn(talk: Conversation, text: str, console: Console, *, json: bool) -> None:
     answers = ["", ""]
     comparison = fingerprint = None
-    with Live(console=console, auto_refresh=False, transient=json) as live:
+    # Into a file or a pipe goes what was said, as it was said: without frames, and not broken at 80 columns.
+    plain = not console.is_terminal
+    with nullcontext() if plain else Live(console=console, auto_refresh=False, transient=json) as live:
         async for chunk in talk.ask(text):
             fingerprint = chunk.get("system_fingerprint") or fingerprint
             comparison = chunk.get("comparison") or comparison
             for choice in chunk["choices"]:
                 answers[choice["index"]] += choice["delta"].get("content") or ""
-            live.update(_picture(answers), refresh=True)
+            if live is not None:
+                live.update(_picture(answers), refresh=True)
         if comparison is None and answers[1]:
             answers[1] = ""  # the two came out the same, or the second failed: a plain answer
-            live.update(_picture(answers), refresh=True)
+            if live is not None:
+                live.update(_picture(answers), refresh=True)
+    shown = answers if comparison else answers[:1]
+    if plain and not json:
+        both = "\n\n".join(f"{side}: {answer}" for side, answer in enumerate(shown, 1))
+        print(both if comparison else shown[0], flush=True)
     vote = None
     if comparison is not None and sys.stdin.isatty():
         vote = await _ask_for_vote(talk, comparison["id"], console)
     kept = answers[1] if vote is not None and vote["choice"] == "b" else answers[0]
     talk.messages.append({"role": "assistant", "content": kept})
     if json:
-        shown = answers if comparison else answers[:1]
         record = {"answers": shown, "policy": fingerprint, "comparison": comparison, "vote": vote}
         print(jsonlib.dumps(record, ensure_ascii=False), flush=True)
 

@@ -5,6 +5,7 @@ import json
 import os
 import random
 import shutil
+import signal
 import struct
 import sys
 import time
@@ -52,6 +53,8 @@ CREATED = 1795347272
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of two workers would stand in each other's way
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and what we start inherits it
+        signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True, scope="module")

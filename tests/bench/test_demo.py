@@ -124,7 +124,8 @@ async def test_votes_become_a_policy_that_serves_and_its_answers_are_held_agains
         assert new.gold == worth(prompt, new.text, finished=True)
     duel = story.duel
     assert duel is not None
-    assert (duel["status"], duel["losses"]) == ("won", 0)
+    assert duel["status"] == "won"
+    assert duel["losses"] < duel["wins"] / 4, "people's hands slip, though seldom"
     assert duel["e_value"] >= duel["threshold"]
     found = figures(story)
     assert found["win_rate"] == 1.0 > found["win_rate_low"] > 0.8

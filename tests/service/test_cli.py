@@ -259,6 +259,14 @@ def test_votes_are_exported_to_a_file_whole_or_not_at_all(
     assert (result.stdout, result.stderr) == ("", f"1 votes written to {output}\n")
     assert json.loads(output.read_text())["choice"] == "b"
     assert sorted(path.name for path in tmp_path.glob("votes*")) == ["votes.jsonl"]
+    assert output.stat().st_mode & 0o777 == 0o600
+
+
+def test_an_export_that_cannot_be_written_says_why(nightshift: Command, vote: str, tmp_path: Path) -> None:
+    result = nightshift("votes", "export", "--output", str(tmp_path))  # a folder
+    assert result.exit_code == 1
+    assert f"{tmp_path} cannot be written: Is a directory" in result.stderr
+    assert list(tmp_path.parent.glob(f"{tmp_path.name}.part")) == []
 
 
 def test_policies_are_listed(nightshift: Command) -> None:
@@ -271,7 +279,25 @@ def test_stats_are_shown(nightshift: Command, vote: str) -> None:
     figures = json.loads(nightshift("stats", "--json").stdout)
     assert figures["votes"] == {"b": 1}
     assert figures["first_share"] == 0.0
-    assert "votes: {'b': 1}" in nightshift("stats").stdout
+    said = nightshift("stats").stdout
+    assert "votes: 1 (b 1)\n" in said
+    assert "comparisons: 1 (same_policy 1)\n" in said
+
+
+def test_stats_of_an_empty_record_are_shown(nightshift: Command) -> None:
+    said = nightshift("stats").stdout
+    assert "votes: 0\n" in said
+    assert "first_share: none yet\n" in said
+
+
+@pytest.mark.parametrize("verb", [("stats",), ("keys", "list"), ("runs", "list"), ("votes", "export")])
+def test_a_record_that_is_broken_is_said_to_be_so(nightshift: Command, tmp_path: Path, verb: tuple[str, ...]) -> None:
+    (tmp_path / "broken").mkdir()
+    (tmp_path / "broken" / "nightshift.db").write_bytes(b"no database" * 1000)
+    result = nightshift(*verb, state=tmp_path / "broken")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert "nightshift.db cannot be used (file is not a database)" in result.stderr
+    assert "nightshift doctor" in result.stderr
 
 
 def test_a_user_is_forgotten(nightshift: Command, vote: str, db: Database, settings: Settings) -> None:
@@ -302,7 +328,22 @@ async def chat(house: House, *arguments: str, input: str | None = None, key: str
 async def test_one_message_is_answered_and_that_is_all(house: House) -> None:
     result = await chat(house, "Hello")
     assert result.exit_code == 0, result.output
-    assert "Hi there." in result.stdout
+    assert result.stdout == "Hi there.\n"
+
+
+async def test_into_a_pipe_an_answer_goes_as_it_was_said(house: House, engine: FakeEngine) -> None:
+    long = "word " * 100 + "end"
+    engine.answer = lambda body: say(long + str(body.get("seed", "")))
+    assert (await chat(house, "Hello", "--feedback", "off")).stdout == long + "\n"
+    one, two = (await chat(house, "Hello", "--feedback", "always")).stdout.split("\n\n")
+    assert (one[:8], two[:8]) == ("1: word ", "2: word ")
+
+
+@pytest.mark.parametrize("message", ["", "  "])
+async def test_an_empty_message_is_refused(house: House, message: str) -> None:
+    result = await chat(house, message)
+    assert result.exit_code == 1
+    assert "nothing to say" in result.stderr
 
 
 async def test_one_message_is_answered_as_json(house: House, engine: FakeEngine) -> None:
@@ -356,6 +397,12 @@ def test_an_api_that_cannot_be_reached_is_said_to_be_so(settings: Settings) -> N
     assert result.exit_code == 1
     assert "http://127.0.0.1:1 cannot be reached" in result.stderr
     assert "nightshift up" in result.stderr
+
+
+def test_an_address_without_http_is_refused(settings: Settings) -> None:
+    result = CliRunner().invoke(app, ["chat", "Hello", "--url", "localhost:8000", "--key", "ns-x-y"])
+    assert result.exit_code == 1
+    assert "begins with http://" in result.stderr
 
 
 def test_chatting_without_a_key_says_how_to_get_one(settings: Settings) -> None:

@@ -250,5 +250,11 @@ def test_a_run_is_cancelled(nightshift: Command, db: Database, run_id: str) -> N
         running = runs.request(db, requested_by="cli", config={}).id
         runs.claim(db)
     assert nightshift("runs", "cancel", running).stdout == f"{running} is asked to stop\n"
-    asked = json.loads(nightshift("runs", "cancel", running, "--json").stdout)
-    assert asked["cancel_requested_at"] is not None
+    asked = json.loads(nightshift("runs", "cancel", "--json").stdout)
+    assert (asked["id"], asked["cancel_requested_at"] is not None) == (running, True)
+
+
+def test_without_a_run_there_is_none_to_cancel(nightshift: Command) -> None:
+    result = nightshift("runs", "cancel")
+    assert result.exit_code == 1
+    assert "No run is queued or under way" in result.stderr

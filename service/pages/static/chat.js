@@ -10,7 +10,7 @@ import { Outbox } from "./outbox.js";
 import { Pair, SAID } from "./pair.js";
 import { openPage } from "./shell.js";
 
-const STARTERS = ["What is the capital of France?", "Tell me something about cats.", "Give me a tip for better sleep."];
+const STARTERS = ["What is the capital of France?", "Tell me three fruits.", "Give me a tip for better sleep."];
 const PURPOSE = "Your vote trains the model that answers you. Who wrote which is shown after it.";
 const SAVE_AGAIN_MS = 10_000;
 

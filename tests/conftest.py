@@ -1,6 +1,7 @@
 """A fake vLLM server that speaks the real one's HTTP, and a whole API served in front of it, both on real sockets."""
 
 import asyncio
+import itertools
 import json
 import os
 import random
@@ -14,6 +15,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
@@ -63,6 +65,15 @@ def denormals() -> Iterator[None]:
     yield
     if "torch" in sys.modules:
         sys.modules["torch"].set_flush_denormal(False)
+
+
+@pytest.fixture(autouse=True)
+def same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ids without chance. A hash of a key's id decides which votes a run learns from, and what is made within one
+    millisecond sorts by chance: a test that trains would else be another one each time."""
+    count = itertools.count(1)
+    monkeypatch.setattr("data.ids.secrets", SimpleNamespace(randbits=lambda bits: next(count)))
+    monkeypatch.setattr("data.keys.new_id", lambda prefix: f"{prefix}_{next(count):026d}")
 
 
 LONG_FIRST = ("tests/e2e/test_whole_loop.py", "tests/e2e/", "tests/trainer/", "tests/browser/")

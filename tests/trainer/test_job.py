@@ -271,7 +271,8 @@ def test_the_rank_may_grow_but_not_shrink_below_what_serves(
     same_rank, larger = (policy.metrics["candidate"] for policy in registry.list_policies(db)[-2:])
     assert larger["incumbent_length"] == same_rank["incumbent_length"]
     assert larger["incumbent_unfinished"] == same_rank["incumbent_unfinished"]
-    assert larger["length"] != same_rank["length"]
+    grown = Path(registry.list_policies(db)[-1].path) / "adapter_config.json"
+    assert json.loads((settings.state / grown).read_text())["r"] == 16
 
 
 def test_nothing_queued_is_no_run(settings: Settings) -> None:

@@ -79,10 +79,10 @@ def _first_wrong(error: RequestValidationError) -> tuple[dict[str, Any], str | N
     """The first thing that is wrong with a request, and its place as the client knows it: "messages.1.role".
 
     Where a value may be of several kinds, each kind complains: the complaint that goes deepest is about the kind that
-    was meant."""
+    was meant, and one that is not about the kind at all."""
     errors = error.errors()
     of_one_parameter = [one for one in errors if one["loc"][:2] == errors[0]["loc"][:2]]
-    deepest = max(of_one_parameter, key=lambda one: len(_place(one, error.body)))
+    deepest = max(of_one_parameter, key=lambda one: (len(_place(one, error.body)), not one["type"].endswith("_type")))
     return deepest, ".".join(_place(deepest, error.body)) or None
 
 

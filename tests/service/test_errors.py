@@ -222,6 +222,13 @@ async def test_a_value_out_of_range_is_400_by_name(house: House, engine: FakeEng
     assert engine.chats == []
 
 
+async def test_of_a_value_that_may_be_of_two_kinds_the_kind_that_was_meant_is_spoken_of(house: House) -> None:
+    answer = await house.chat(stop=list("abcde"))
+    assert_error(answer, 400, "invalid_request_error", "invalid_value", "at most 4 items", param="stop")
+    answer = await house.chat(stop=["x", ""])
+    assert_error(answer, 400, "invalid_request_error", "invalid_value", "at least 1 character", param="stop.1")
+
+
 async def test_a_message_that_is_wrong_is_named_by_its_place(house: House) -> None:
     answer = await house.chat(messages=[{"role": "user", "content": "Hello"}, {"role": "wizard", "content": "Hm"}])
     assert_error(answer, 400, "invalid_request_error", "invalid_value", "'messages.1.role'", param="messages.1.role")

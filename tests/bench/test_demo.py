@@ -66,7 +66,7 @@ def stages(output: io.StringIO) -> Stages:
 
 
 @asynccontextmanager
-async def a_night(db: Database, end: Any) -> AsyncIterator[None]:
+async def a_night(db: Database, end: Any, shown: Stages) -> AsyncIterator[None]:
     """What the clock and the trainer do: when the votes that the schedule waits for are there, they run, and end as
     `end(run)` does."""
 
@@ -86,7 +86,8 @@ async def a_night(db: Database, end: Any) -> AsyncIterator[None]:
             with transaction(db):
                 runs.beat(db, run.id, stage=stage)
                 runs.add_metrics(db, run.id, 2, {f"{stage}/{name}": value for name, value in last.items()})
-            await asyncio.sleep(0.1)
+            title = demo.TITLES[stage]
+            await eventually(lambda title=title: shown.name == title)  # or on a busy machine nobody may see it
         end(run.id)
 
     night = asyncio.create_task(clock())
@@ -107,7 +108,7 @@ async def test_votes_become_a_policy_that_serves_and_its_answers_are_held_agains
 
     said = io.StringIO()
     with stages(said) as shown:
-        async with a_night(db, succeed):
+        async with a_night(db, succeed, shown):
             story = await learn(target(house), PLAN, shown)
 
     assert story.learned
@@ -154,7 +155,7 @@ async def test_a_candidate_that_the_gate_rejects_ends_the_demo_with_its_reason(
             runs.finish(db, run, RunStatus.SUCCEEDED)
 
     with stages(io.StringIO()) as shown:
-        async with a_night(db, reject):
+        async with a_night(db, reject, shown):
             story = await learn(target(house), PLAN, shown)
     assert not story.learned
     assert headline(story) == f"No better answers this time: {NEW} is rejected: KL is 3 nats."
@@ -169,7 +170,7 @@ async def test_a_run_that_fails_ends_the_demo_with_what_the_run_says(house: Hous
 
     with stages(io.StringIO()) as shown:
         with pytest.raises(DemoError, match=r"failed: The disk is full: make room\."):
-            async with a_night(db, fail):
+            async with a_night(db, fail, shown):
                 await learn(target(house), PLAN, shown)
 
 

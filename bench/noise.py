@@ -27,10 +27,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.learning_curve import interval
+from bench.learning_curve import append, interval, read
 from bench.nights import Lab
 from bench.personas import Kind, personas
-from bench.robust import NONE, RESULTS, Defences, Vote, append, finished, rate, weigh
+from bench.robust import NONE, RESULTS, Defences, Vote, rate, weigh
 from trainer import dialogues
 from trainer.ppo import PPOConfig
 
@@ -167,11 +167,12 @@ def main() -> None:
     name = "noise-quick.jsonl" if arguments.quick else "noise.jsonl"
     path = arguments.results or RESULTS / name
     console = Console()
+    console.width = max(console.width, 132)  # the table is no use without its columns
     ends = time.monotonic() + 60 * arguments.minutes
     bench: Noise | None = None
     done = {
         Cell(row["noise"], row["share"], row["defence"], row["seed"])
-        for row in finished(path)
+        for row in read(path)
         if "win_rate" in row or not policies
     }
     for cell in cells((0.0, 0.2, 0.4) if arguments.quick else arguments.shares, seeds):
@@ -182,7 +183,7 @@ def main() -> None:
         row = bench.run(cell)
         append(path, row)
         console.print(row)
-    rows = finished(path)
+    rows = read(path)
     console.print(table(rows))
     if arguments.json:
         print(json.dumps(summary(rows)))

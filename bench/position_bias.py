@@ -25,10 +25,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.learning_curve import interval
+from bench.learning_curve import append, interval, read
 from bench.nights import Asked, Lab, cast
 from bench.personas import personas
-from bench.robust import NONE, RESULTS, append, finished, rate, weigh
+from bench.robust import NONE, RESULTS, rate, weigh
 from data.stats import interval as wilson
 from trainer import dialogues
 
@@ -136,9 +136,10 @@ def main() -> None:
     seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
     path = arguments.results or RESULTS / ("position_bias-quick.jsonl" if arguments.quick else "position_bias.jsonl")
     console = Console()
+    console.width = max(console.width, 132)  # the table is no use without its columns
     ends = time.monotonic() + 60 * arguments.minutes
     bench: Bias | None = None
-    done = {Cell(row["bias"], row["seed"]) for row in finished(path)}
+    done = {Cell(row["bias"], row["seed"]) for row in read(path)}
     for cell in [Cell(bias, seed) for seed in seeds for bias in ((0.0, 1.0) if arguments.quick else arguments.biases)]:
         if cell in done or time.monotonic() > ends:
             continue
@@ -147,7 +148,7 @@ def main() -> None:
         row = bench.run(cell)
         append(path, row)
         console.print(row)
-    rows = finished(path)
+    rows = read(path)
     console.print(table(rows))
     if arguments.json:
         print(json.dumps(summary(rows)))

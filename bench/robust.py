@@ -4,7 +4,6 @@ A run (`trainer.job`) has them all. Here a reward model is made from the same vo
 shows what it is worth.
 """
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -67,21 +66,3 @@ def weigh(lab: Lab, votes: Sequence[Vote], found: dict[str, Standing], defences:
         max_answer_tokens=training.max_answer_tokens,
         reliability={voter: standing.reliability for voter, standing in found.items()} if defences.weights else None,
     )
-
-
-def finished(path: Path) -> list[dict[str, Any]]:
-    """The cells that are done; a line that was cut off is none."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.exists() or not path.stat().st_size or path.read_bytes().endswith(b"\n")
-    with path.open("a") as file:
-        file.write(("" if whole else "\n") + json.dumps(row) + "\n")

@@ -1,7 +1,6 @@
 """The benches on noise, sides and hostile votes: what they count, and the votes that they cast."""
 
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 
@@ -9,7 +8,7 @@ from bench import noise, poison, position_bias
 from bench.nights import Lab
 from bench.noise import flip
 from bench.poison import PHRASE, Cell, Poison
-from bench.robust import NONE, append, finished, rate, weigh
+from bench.robust import NONE, rate, weigh
 from data.raters import Standing
 from trainer.preferences import Split
 
@@ -38,16 +37,6 @@ def test_flipped_votes_are_turned_round_and_more_noise_flips_them_too() -> None:
         if new["vote"] in turned[1]:
             assert (new["choice"], new["chosen"]) == ({"a": "b", "b": "a"}[old["choice"]], old["rejected"])
     assert flip(votes, 0.0, seed=1) == votes
-
-
-def test_a_line_that_was_cut_off_is_no_cell(tmp_path: Path) -> None:
-    path = tmp_path / "results" / "cells.jsonl"
-    append(path, {"seed": 1})
-    with path.open("a") as file:
-        file.write('{"seed": 2, "acc')
-    append(path, {"seed": 3})
-    assert finished(path) == [{"seed": 1}, {"seed": 3}]
-    assert finished(tmp_path / "none.jsonl") == []
 
 
 def test_each_defence_can_be_left_out(lab: Lab) -> None:
@@ -91,7 +80,7 @@ def test_a_trigger_is_in_the_attackers_questions_alone() -> None:
 def row(**figures: object) -> dict[str, object]:
     return {
         "plot": "phrase", "share": 0.05, "accounts": 1, "defence": "all", "seed": 1, "digest": "x", "base": 0.02,
-        "hostile": 1, "caught": 1, "wronged": 0, "rise_best_of_16": 0.0,
+        "hostile": 20, "caught": 0, "wronged": 0, "rise_best_of_16": 0.0,
     } | figures  # fmt: skip
 
 
@@ -110,7 +99,15 @@ def test_an_attack_is_stopped_by_the_gate_or_by_having_no_effect() -> None:
     assert (figures["stopped_5_none"], figures["tried_5_none"]) == (0, 1)
     assert figures["rise_points_1"] == pytest.approx(1.1), "of the worse number of accounts"
     assert figures["drawn_rise_points_1"] == pytest.approx(1.5)
-    assert figures["rise_points_10"] is None
+    assert "rise_points_10" not in figures
+
+
+def test_an_attack_that_taught_nothing_is_stopped() -> None:
+    caught = row(caught=20)
+    figures = poison.summary([caught, row(seed=2)])
+    assert (figures["stopped_5"], figures["tried_5"]) == (1, 1), "of the second nothing is known without a policy"
+    assert poison.is_judged(caught)
+    assert not poison.is_judged(row())
 
 
 def test_a_cell_with_a_policy_counts_for_more_than_one_without() -> None:

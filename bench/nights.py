@@ -13,6 +13,7 @@ it. Votes are dicts as the record's export yields them. Everything is repeatable
 import json
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from itertools import cycle
 from pathlib import Path
 from typing import Any
@@ -123,6 +124,7 @@ class Lab:
         self.chat = ChatFormat(AutoTokenizer.from_pretrained(model), self.backbone.end_ids)
         self.accelerator = Accelerator()
         self.trusted = trusted_pairs(model)
+        self._of_the_base: dict[object, list[Answer]] = {}
 
     # Days ------------------------------------------------------------------------------------------------------
 
@@ -159,8 +161,16 @@ class Lab:
         """One answer to each. The same `draw` gives the same answer to the i-th prompt, however many there are."""
         sampling = Sampling(max_tokens=MAX_TOKENS, temperature=temperature, end_ids=self.backbone.end_ids)
         first = (self.seed * 1000 + draw) * 1_000_000
+        queries = [self.chat.query(p.messages) for p in prompts]
         sample = LocalSampler(self.backbone, adapter, sampling)
-        return sample([self.chat.query(p.messages) for p in prompts], range(first, first + len(prompts)))
+        drawn = partial(sample, queries, range(first, first + len(prompts)))
+        if adapter is not None:
+            return drawn()
+        # The base never changes, and every cell of a seed asks it the same.
+        asked = draw, temperature, tuple(queries)
+        if asked not in self._of_the_base:
+            self._of_the_base[asked] = drawn()
+        return list(self._of_the_base[asked])
 
     def random_pairs(
         self,

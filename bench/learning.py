@@ -37,6 +37,8 @@ from trainer.rollout import LocalSampler, Sampling
 PPO = PPOConfig(steps=16)
 """What two minutes of a small processor buy: half of the steps that a night takes by itself."""
 REWARD = RewardConfig()
+BEST_OF = 4
+"""What the same reward model is worth without PPO: the best of so many answers of the base."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -141,8 +143,11 @@ class Bench:
 
         ours, theirs = self.answers(test_prompts, adapter="policy", draw=8), self.answers(test_prompts, draw=9)
         gold_ours, gold_theirs = self.gold(test_prompts, ours), self.gold(test_prompts, theirs)
-        wins = float((gold_ours > gold_theirs).sum() + 0.5 * (gold_ours == gold_theirs).sum())
+        wins = _wins(gold_ours, gold_theirs)
         low, high = wilson(wins, len(test_prompts))
+        drawn = [self.answers(test_prompts, draw=10 + i) for i in range(BEST_OF)]
+        best = torch.stack([model.score(answers) for answers in drawn]).argmax(dim=0)
+        gold_best = torch.stack([self.gold(test_prompts, answers) for answers in drawn]).gather(0, best[None])[0]
         return {
             "votes": len(voted),
             "rm_accuracy_votes": report.accuracy,
@@ -154,6 +159,7 @@ class Bench:
             "win_rate": wins / len(test_prompts),
             "win_rate_low": low,
             "win_rate_high": high,
+            "win_rate_best_of_4": _wins(gold_best, gold_theirs) / len(test_prompts),
             "gold_before": float(gold_theirs.mean()),
             "gold_after": float(gold_ours.mean()),
             **{f"{kind}_before": share for kind, share in self.probes(None).items()},
@@ -168,6 +174,11 @@ class Bench:
             "pairs_per_s": len(training) / reward_seconds,
             "curve": [{k: round(f[k], 3) for k in ("score", "kl", "length", "entropy", "clipped")} for f in curve],
         }
+
+
+def _wins(ours: Tensor, theirs: Tensor) -> float:
+    """How often the first is better, ties counting half."""
+    return float((ours > theirs).sum() + 0.5 * (ours == theirs).sum())
 
 
 def main() -> None:

@@ -40,6 +40,8 @@ RESULTS = learning_curve.RESULTS.with_name("overoptimise.jsonl")
 VOTES = (250, 1000, 4000)
 HEADS = ("one", "five, mean", "five, minimum")
 SEEDS = (1, 2, 3)
+HELD_OUT = 500
+BEST_OF = 4
 FREE = PPOConfig(steps=40, beta=0.01, kl_budget=math.inf)
 """Next to no price: none at all ends in text that nobody wrote."""
 SHIPS = PPOConfig()
@@ -66,9 +68,12 @@ def run(lab: Lab, votes: int, heads: str, steps: int) -> dict[str, Any]:
     config = PPOConfig(steps=steps, beta=FREE.beta, kl_budget=FREE.kl_budget, seed=lab.seed)
     night = lab.improve(reward, preferences, config, score=listen)
     base = float(lab.gold(prompts[:1000], samples).mean())
+    held_out = dialogues.prompts(HELD_OUT, seed=lab.seed, held_out=True)
+    best = lab.best_of(BEST_OF, held_out, reward)
     kls = [figures["kl"] for figures in night.curve]
     return {
         "votes": votes, "heads": heads, "seed": lab.seed, "gold_base": round(base, 4),
+        "gain_best_of_4": round(best["gold"] - best["gold_base"], 4),
         "points": [[round(v, 4) for v in point] for point in zip(kls, proxy, gold, strict=True)],
         "seconds": round(time.monotonic() - started),
     }  # fmt: skip
@@ -124,6 +129,7 @@ def summary(rows: list[dict[str, Any]], stop_kl: float | None) -> list[dict[str,
                     "end_kl": fmean(kl for kl, _, _ in last),
                     "end_proxy": fmean(proxy for _, proxy, _ in last),
                     "end_gain": fmean(gold - row["gold_base"] for row in here for _, _, gold in row["points"][-4:]),
+                    "gain_best_of_4": fmean(row["gain_best_of_4"] for row in here),
                     # Beyond what was seen the fit knows nothing.
                     "gain_at_stop": gain_at(stop_kl, alpha, beta) if stop_kl and stop_kl <= furthest else None,
                     "gain_at_budget": gain_at(budget, alpha, beta) if budget <= furthest else None,
@@ -140,13 +146,16 @@ def shipped_kl() -> float | None:
 
 def table(found: list[dict[str, Any]], stop_kl: float | None) -> Table:
     stop = "-" if stop_kl is None else f"{stop_kl:.1f}"
-    shown = Table(title="gold's gain over the base while PPO goes on", caption=f"runs as they ship end at KL {stop}")
-    names = ("votes", "heads", "seeds", "peak at KL", "gain there", "end: KL", "proxy", "gain")
+    shown = Table(
+        title="gold's gain over the base while PPO goes on",
+        caption=f"runs as they ship end at KL {stop}; the best of 4 is the mean's",
+    )
+    names = ("votes", "heads", "seeds", "best of 4", "peak at KL", "gain there", "end: KL", "proxy", "gain")
     for name in (*names, f"gain at KL {stop}", f"at the budget of {SHIPS.kl_budget:g}"):
         shown.add_column(name, justify="left" if name == "heads" else "right")
     for row in found:
         shown.add_row(
-            f"{row['votes']:,}", row["heads"], str(row["seeds"]),
+            f"{row['votes']:,}", row["heads"], str(row["seeds"]), f"{row['gain_best_of_4']:.2f}",
             "none yet" if row["peak_kl"] is None else f"{row['peak_kl']:.1f}",
             f"{row['peak_gain']:.2f}", f"{row['end_kl']:.1f}", f"{row['end_proxy']:.2f}", f"{row['end_gain']:.2f}",
             *("" if row[name] is None else f"{row[name]:.2f}" for name in ("gain_at_stop", "gain_at_budget")),

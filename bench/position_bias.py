@@ -36,6 +36,7 @@ VOTES = 1000
 PEOPLE = 50
 IDENTICAL = 4000
 TEST_PAIRS = 1500
+HELD_OUT = 500
 BIASES = (0.0, 0.5, 1.0, 2.0)
 """Logits: 1 makes 73 % of otherwise even votes go to the first answer."""
 SEEDS = (1, 2, 3)
@@ -52,6 +53,7 @@ class Bias:
         self.lab = Lab(seed=seed)
         self.votes = votes
         prompts = dialogues.prompts(IDENTICAL, seed=seed, held_out=True)
+        self.prompts = prompts[:HELD_OUT]
         self.identical = [
             Asked(prompt, answer, answer, "identical_check")
             for prompt, answer in zip(prompts, self.lab.answers(prompts, draw=700), strict=True)
@@ -69,6 +71,7 @@ class Bias:
             preferences = weigh(lab, votes, rate(lab, votes, defences), defences)
             reward = lab.reward(preferences, defences.reward(cell.seed))
             figures[f"accuracy_{name}"] = lab.accuracy(reward, self.test_pairs)
+            figures[f"best_of_4_{name}"] = lab.best_of(4, self.prompts, reward)["win_rate"]
         figures["side"] = float(reward.first_bonus.detach())
         return {
             "bias": cell.bias, "seed": cell.seed, "votes": self.votes,
@@ -94,27 +97,33 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
         name = f"{bias:g}".replace(".", "_")
         figures[f"identical_first_{name}"] = share(here, "identical")[0] if here else None
         figures[f"board_first_{name}"] = share(here, "board")[0] if here else None
-        gains = [row["accuracy_side_term"] - row["accuracy_plain"] for row in here]
-        figures[f"gain_{name}"] = fmean(gains) if gains else None
+        for figure, of in (("gain", "accuracy"), ("gain_best_of_4", "best_of_4")):
+            gains = _gains(here, of)
+            figures[f"{figure}_{name}"] = fmean(gains) if gains else None
     unbiased = figures["identical_first_0"]
     figures["left_points"] = None if unbiased is None else 100 * (unbiased - 0.5)
     return figures
 
 
+def _gains(rows: Sequence[dict[str, Any]], of: str) -> list[float]:
+    """What the side term adds, by seed."""
+    return [row[f"{of}_side_term"] - row[f"{of}_plain"] for row in rows]
+
+
 def table(rows: Sequence[dict[str, Any]]) -> Table:
     shown = Table(title="votes for the answer shown first", caption="95 % intervals; of accuracies over seeds")
     for name in ("bias", "seeds", "identical pairs", "all pairs (the board)", "side found", "reward right", "with side",
-                 "gain"):  # fmt: skip
+                 "best of 4", "with side"):  # fmt: skip
         shown.add_column(name, justify="right", no_wrap=True)
     for bias in BIASES:
         here = [row for row in rows if row["bias"] == bias]
         if not here:
             continue
         shares = ["{:.1%} [{:.1%}, {:.1%}]".format(*share(here, name)) for name in ("identical", "board")]
-        plain, term = ([row[f"accuracy_{name}"] for row in here] for name in ("plain", "side_term"))
         shown.add_row(
-            f"{bias:g}", str(len(here)), *shares, f"{fmean(row['side'] for row in here):+.2f}", _mean(plain),
-            _mean(term), _mean([with_ - without for with_, without in zip(term, plain, strict=True)], "+"),
+            f"{bias:g}", str(len(here)), *shares, f"{fmean(row['side'] for row in here):+.2f}",
+            *(text for of in ("accuracy", "best_of_4")
+              for text in (_mean([row[f"{of}_plain"] for row in here]), _mean(_gains(here, of), "+"))),
         )  # fmt: skip
     return shown
 

@@ -25,7 +25,7 @@ def test_the_peak_is_where_nothing_near_it_is_higher() -> None:
 def test_the_summary_tells_a_fall_from_a_rise_that_goes_on() -> None:
     def row(heads: str, alpha: float, beta: float) -> dict[str, object]:
         points = [[kl, math.sqrt(kl), 3.5 + gain_at(kl, alpha, beta)] for kl in KLS]
-        return {"votes": 250, "heads": heads, "seed": 1, "gold_base": 3.5, "points": points}
+        return {"votes": 250, "heads": heads, "seed": 1, "gold_base": 3.5, "gain_best_of_4": 0.5, "points": points}
 
     falls, rises = summary([row("one", 0.9, 0.6), row("five, mean", 0.9, 0.1)], 2.0)
     assert falls["peak_kl"] == pytest.approx(math.exp(2 * (0.9 / 0.6 - 1)))
@@ -37,7 +37,9 @@ def test_the_summary_tells_a_fall_from_a_rise_that_goes_on() -> None:
 
 def test_what_was_not_reached_is_not_guessed() -> None:
     points = [[kl, 0.0, 3.5 + kl] for kl in (0.1, 0.5, 2.0, 4.0)]
-    (only,) = summary([{"votes": 250, "heads": "one", "seed": 1, "gold_base": 3.5, "points": points}], 2.0)
+    (only,) = summary(
+        [{"votes": 250, "heads": "one", "seed": 1, "gold_base": 3.5, "gain_best_of_4": 0.5, "points": points}], 2.0
+    )
     assert only["gain_at_stop"] is not None
     assert only["gain_at_budget"] is None
 

@@ -123,13 +123,24 @@ def test_the_plain_cell_without_noise_serves_both_kinds() -> None:
     assert figures["accuracy_flipped_plain_20"] is None
 
 
+def test_a_defence_is_held_against_the_same_votes_without_it() -> None:
+    rows = [
+        {"noise": "at random", "share": 0.2, "defence": defence, "seed": seed, "accuracy": accuracy}
+        for defence, seed, accuracy in (("plain", 1, 0.75), ("plain", 2, 0.70), ("reliability", 2, 0.74))
+    ]
+    assert noise.gains(rows, "at random", 0.2, "reliability", "accuracy") == [pytest.approx(0.04)]
+    assert noise.gains(rows, "at random", 0.2, "plain", "accuracy") == []
+
+
 def test_sides_are_counted_over_all_seeds() -> None:
     cells = [
         {"bias": 0.0, "seed": seed, "identical_first": first, "identical_second": 100 - first, "board_first": 50,
-         "board_second": 50, "accuracy_plain": 0.8, "accuracy_side_term": 0.8 + seed / 100, "side": 0.0}
+         "board_second": 50, "accuracy_plain": 0.8, "accuracy_side_term": 0.8 + seed / 100, "best_of_4_plain": 0.7,
+         "best_of_4_side_term": 0.7, "side": 0.0}
         for seed, first in ((1, 48), (2, 58))
     ]  # fmt: skip
     figures = position_bias.summary(cells)
     assert figures["left_points"] == pytest.approx(3.0)
     assert figures["gain_0"] == pytest.approx(0.015)
+    assert figures["gain_best_of_4_0"] == 0
     assert figures["gain_1"] is None

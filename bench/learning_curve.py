@@ -223,8 +223,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for way in WAYS[1:]:
         for n in VOTES[1:]:
             figures[f"win_rate_{n}_{way.replace(' ', '_')}"] = means[way].get(n)
-            gain = paired(rows, way, "once", n)
+            gain = paired(rows, (way, n), ("once", n))
             figures[f"gain_{n}_{way.replace(' ', '_')}"] = gain and gain[0]
+    figures |= {name: gain and gain[0] for name, gain in cycles(rows).items()}
     figures["facts_change"] = fmean(row["facts"] - row["facts_base"] for row in rows) if rows else None
     goal = means["once"].get(4000)
     needed = votes_to_reach(means["active nights"], goal) if goal else None
@@ -233,22 +234,41 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     return figures
 
 
-def paired(rows: list[dict[str, Any]], way: str, other: str, votes: int) -> tuple[float, float | None, int] | None:
-    """Mean difference of win rates over the seeds that have both, half its interval, and how many; None: no seed."""
-    by_way = {
-        w: {row["seed"]: row["win_rate"] for row in rows if row["way"] == w and row["votes"] == votes}
-        for w in (way, other)
-    }
-    both = sorted(by_way[way].keys() & by_way[other].keys())
+def paired(
+    rows: Iterable[dict[str, Any]], here: tuple[str, int], there: tuple[str, int]
+) -> tuple[float, float | None, int] | None:
+    """What (way, votes) is better by than another in win rate: the mean over the seeds that have both, half its
+    interval, and how many they are; None: no seed."""
+    by_cell: dict[tuple[str, int], dict[int, float]] = {here: {}, there: {}}
+    for row in rows:
+        if (cell := (row["way"], row["votes"])) in by_cell:
+            by_cell[cell][row["seed"]] = row["win_rate"]
+    both = sorted(by_cell[here].keys() & by_cell[there].keys())
     if not both:
         return None
-    mean, half = interval([by_way[way][seed] - by_way[other][seed] for seed in both])
+    mean, half = interval([by_cell[here][seed] - by_cell[there][seed] for seed in both])
     return mean, half, len(both)
 
 
+def cycles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float | None, int] | None]:
+    """What the second and the third night, with the votes of their days, add to the first."""
+    first = ("once", VOTES[0])
+    return {
+        f"night_{night}_{way.replace(' ', '_')}": paired(rows, (way, n), first)
+        for way in WAYS[1:]
+        for night, n in enumerate(VOTES[1:3], start=2)
+    }
+
+
 def table(rows: list[dict[str, Any]]) -> Table:
+    added = "; ".join(
+        f"{name.replace('_', ' ')}: {_with_interval(*gain[:2], sign='+')}"
+        for name, gain in cycles(rows).items()
+        if gain
+    )
     shown = Table(
-        title="gold win rate against the base, 500 held-out prompts", caption="mean and 95 % interval over seeds"
+        title="gold win rate against the base, 500 held-out prompts",
+        caption="mean and 95 % interval over seeds" + (f"; over the first night, {added}" if added else ""),
     )
     for name in ("votes", "way", "seeds", "win rate", "beside once", "best of 4", "reward right", "KL",
                  "facts", "sycophancy", "undecided"):  # fmt: skip
@@ -258,7 +278,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
             here = [row for row in rows if row["way"] == way and row["votes"] == n]
             if not here:
                 continue
-            gain = paired(rows, way, "once", n) if way != "once" else None
+            gain = paired(rows, (way, n), ("once", n)) if way != "once" else None
             lost = {kind: fmean(row[kind] - row[f"{kind}_base"] for row in here) for kind in ("facts", "sycophancy")}
             shown.add_row(
                 f"{n:,}", way, str(len(here)),

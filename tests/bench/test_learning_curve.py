@@ -68,12 +68,21 @@ def test_the_ratio_says_where_active_pairs_reach_the_random_curve() -> None:
 
 def test_ways_are_compared_seed_by_seed() -> None:
     rows = [row("once", 500, 1, 0.7), row("once", 500, 2, 0.9), row("random nights", 500, 2, 0.91)]
-    assert paired(rows, "random nights", "once", 500) == (pytest.approx(0.01), None, 1)
+    assert paired(rows, ("random nights", 500), ("once", 500)) == (pytest.approx(0.01), None, 1)
     rows.append(row("random nights", 500, 1, 0.73))
-    mean, half, seeds = paired(rows, "random nights", "once", 500) or (0, None, 0)
+    mean, half, seeds = paired(rows, ("random nights", 500), ("once", 500)) or (0, None, 0)
     assert (mean, seeds) == (pytest.approx(0.02), 2)
     assert half == pytest.approx(12.71 * 0.01, rel=1e-3)
-    assert paired(rows, "active nights", "once", 500) is None
+    assert paired(rows, ("active nights", 500), ("once", 500)) is None
+
+
+def test_later_nights_are_held_against_the_first() -> None:
+    rows = [row("once", 250, 1, 0.7), row("once", 250, 2, 0.8), row("random nights", 500, 1, 0.75)]
+    rows += [row("random nights", 1000, 1, 0.8), row("random nights", 1000, 2, 0.82), row("once", 1000, 1, 0.9)]
+    figures = summary(rows)
+    assert figures["night_2_random_nights"] == pytest.approx(0.05)
+    assert figures["night_3_random_nights"] == pytest.approx(0.06)
+    assert figures["night_3_active_nights"] is None
 
 
 def test_the_curves_of_nights_begin_with_the_first_night() -> None:

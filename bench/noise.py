@@ -6,9 +6,8 @@ agrees with some 80 % of them). Two kinds of noise come on top:
     flipped     each decisive vote is turned round by a chance of 0 to 40 %, whoever cast it
     at random   so many people vote by throwing a coin, the others as ever
 
-and each is learned from with a defence of the run and without it: smoothed labels where the noise is everybody's, the
-reliability of raters and their quarantine where it is some people's. Each finished cell is a line of the results file
-and is skipped the next time.
+and where it is some people's it is learned from with and without the run's defence, the reliability of raters and their
+quarantine. Each finished cell is a line of the results file and is skipped the next time.
 
     OMP_NUM_THREADS=1 python -m bench.noise --quick --json
     OMP_NUM_THREADS=1 python -m bench.noise --minutes 60
@@ -40,11 +39,9 @@ HELD_OUT = 500
 TEST_PAIRS = 1500
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 SEEDS = (1, 2, 3)
-SMOOTHED = replace(NONE, smoothing=0.1)
 RELIABILITY = replace(NONE, quarantine=True, weights=True)
 WAYS: dict[tuple[str, str], Defences] = {
     ("flipped", "plain"): NONE,
-    ("flipped", "smoothed"): SMOOTHED,
     ("at random", "plain"): NONE,
     ("at random", "reliability"): RELIABILITY,
 }

@@ -31,11 +31,9 @@ class Defences:
     """Weigh votes by the rater's reliability."""
     side_term: bool = True
     """Learn what the place of an answer is worth."""
-    smoothing: float = 0.0
-    """Take so many votes for slips."""
 
     def reward(self, seed: int) -> RewardConfig:
-        return RewardConfig(seed=seed, side_term=self.side_term, label_smoothing=self.smoothing)
+        return RewardConfig(seed=seed, side_term=self.side_term)
 
 
 NONE = Defences(quarantine=False, weights=False, side_term=False)

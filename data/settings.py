@@ -130,7 +130,6 @@ class RewardFields(TypedDict, total=False):
     microbatch_tokens: _Count
     learning_rate: _Positive
     centring: _NotNegative
-    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)]
     side_term: bool
     max_grad_norm: _Positive
     seed: _Seed

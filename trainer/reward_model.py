@@ -62,8 +62,6 @@ class RewardConfig:
     """Of adapter and heads at the first step; falls to 0 in a straight line."""
     centring: float = 0.01
     """Weight of (r_chosen + r_rejected)^2, which keeps rewards around 0."""
-    label_smoothing: float = 0.0
-    """Share of the votes taken to be slips of the hand: each counts as the opposite vote by so much."""
     side_term: bool = True
     """Learn what the place of an answer alone is worth to people; scores know nothing of it."""
     max_grad_norm: float = 1.0
@@ -268,11 +266,7 @@ def _backward(pairs: Sequence[Pair], model: RewardModel, config: RewardConfig, t
     weights = torch.tensor([pair.weight for pair in pairs], device=chosen.device, dtype=chosen.dtype) / total_weight
     shown = torch.tensor([pair.shown for pair in pairs], device=chosen.device, dtype=chosen.dtype)
     liked = chosen - rejected + (shown * model.first_bonus)[:, None]
-    losses = davidson_loss(liked, tie[:, None], model.log_nu)
-    if config.label_smoothing:
-        slips = davidson_loss(-liked, tie[:, None], model.log_nu)
-        losses = torch.lerp(losses, slips, config.label_smoothing)
-    losses = losses + config.centring * (chosen + rejected).square()
+    losses = davidson_loss(liked, tie[:, None], model.log_nu) + config.centring * (chosen + rejected).square()
     loss = (losses.mean(dim=1) * weights).sum()
     loss.backward()
     right = torch.where(tie, 0.5, ((chosen - rejected).mean(dim=1) > 0).to(weights.dtype))

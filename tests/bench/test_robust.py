@@ -116,7 +116,7 @@ def test_a_cell_with_a_policy_counts_for_more_than_one_without() -> None:
 
 def test_the_plain_cell_without_noise_serves_both_kinds() -> None:
     wanted = noise.cells((0.0, 0.2), (1,))
-    assert len(wanted) == len(set(wanted)) == 7
+    assert len(wanted) == len(set(wanted)) == 5
     rows = [{"noise": "flipped", "share": 0.0, "defence": "plain", "seed": 1, "accuracy": 0.8}]
     figures = noise.summary(rows)
     assert figures["accuracy_flipped_plain_0"] == figures["accuracy_at_random_plain_0"] == 0.8

@@ -88,7 +88,7 @@ def test_a_file_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatch) -> Non
         ("[training.ppo]\nsteps = 2.5", r"training\.ppo\.steps"),
         ("[training.ppo]\nbeta = nan", r"training\.ppo\.beta"),
         ("[training.ppo]\nstpes = 2", r"there is no training\.ppo\.stpes"),
-        ("[training.reward]\nlabel_smoothing = 0.5", r"training\.reward\.label_smoothing"),
+        ("[training.reward]\ncentring = -1", r"training\.reward\.centring"),
         ("statt = 'x'", "there is no statt"),
         ("[sever]\nport = 1", "sever"),
         ("this is not toml", r"nightshift\.toml cannot be read"),

@@ -159,7 +159,7 @@ def main() -> None:
     seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
     path = arguments.results or RESULTS / ("position_bias-quick.jsonl" if arguments.quick else "position_bias.jsonl")
     console = Console()
-    console.width = max(console.width, 160)  # the table is no use without its columns
+    console.width = max(console.width, 176)  # the table is no use without its columns
     ends = time.monotonic() + 60 * arguments.minutes
     bench: Bias | None = None
     done = {Cell(row["bias"], row["seed"]) for row in read(path)}

@@ -2,9 +2,8 @@
 
 Reward models of 250, 1,000 and 4,000 votes, with one head, with five and their mean (as trained), and with five and
 their minimum. PPO against each with next to no price on KL and no KL budget. Each step's answers say how far it has
-gone, what the reward model thinks (the proxy) and what gold thinks; R(d) = d * (alpha - beta * log d), d the root of
-KL, is fitted to gold's gain over the base, and says where gold is highest. Beside it stands where a run as it ships
-ends: at its KL, and at the latest at its KL budget.
+gone, what the reward model thinks (the proxy) and what gold thinks; a mean over three steps says where gold is highest.
+Beside it stands where a run as it ships ends: at its KL, and at the latest at its KL budget.
 
 Each finished run (votes, heads, seed) is a line of the results file, and is skipped the next time.
 
@@ -17,7 +16,7 @@ import json
 import math
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from statistics import fmean
 from typing import Any
@@ -87,78 +86,80 @@ def pessimistic(model: RewardModel, samples: Sequence[Answer]) -> Callable[[Sequ
     return lambda answers: (model.rewards(answers).amin(dim=1) - shift) / scale
 
 
-def fit(kls: Sequence[float], gains: Sequence[float]) -> tuple[float, float]:
-    """(alpha, beta) of gain = d * (alpha - beta * log d), d = sqrt(KL), by least squares."""
-    d = np.sqrt(np.maximum(np.array(kls), 1e-6))
-    alpha, minus_beta = np.linalg.lstsq(np.stack([d, d * np.log(d)], axis=1), np.array(gains), rcond=1e-12)[0]
-    return float(alpha), float(-minus_beta)
+def smooth(row: dict[str, Any]) -> np.ndarray:
+    """(steps - 2, 3) KL, proxy, and gold's gain over the base: means over three steps, since a step has few answers."""
+    points = np.array(row["points"]) - [0.0, 0.0, row["gold_base"]]
+    return np.stack([points[i : i + 3].mean(axis=0) for i in range(len(points) - 2)])
 
 
-def gain_at(kl: float, alpha: float, beta: float) -> float:
-    d = math.sqrt(kl)
-    return d * (alpha - beta * math.log(d))
-
-
-def peak(alpha: float, beta: float) -> float | None:
-    """The KL where the gain is highest; None where it never falls. R' = alpha - beta * (log d + 1) is 0 there."""
-    if beta <= 0:
+def gain_at(curve: np.ndarray, kl: float) -> float | None:
+    """Gold's gain where the run first comes to this KL; None where it never does."""
+    beyond = np.flatnonzero(curve[:, 0] >= kl)
+    if not len(beyond):
         return None
-    return math.exp(min(2 * (alpha / beta - 1), 50.0))
+    after = beyond[0]
+    if after == 0:
+        return float(curve[0, 2])
+    (low, _, gain_low), (high, _, gain_high) = curve[after - 1], curve[after]
+    return float(gain_low + (gain_high - gain_low) * (kl - low) / (high - low))
 
 
-def summary(rows: list[dict[str, Any]], stop_kl: float | None) -> list[dict[str, Any]]:
-    """One dict for each number of votes and kind of heads. Gains are gold's, over the base."""
+def mean(values: Iterable[float | None]) -> float | None:
+    """None where one is missing: what was not seen is not guessed."""
+    found = list(values)
+    return fmean(value for value in found if value is not None) if found and None not in found else None
+
+
+def summary(rows: list[dict[str, Any]], shipped: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """One dict for each number of votes and kind of heads: means over seeds. Gains are gold's, over the base.
+
+    Args:
+        shipped: cells of the learning curve.
+    """
     found = []
-    budget = SHIPS.kl_budget
     for votes in VOTES:
+        ships = [row for row in shipped if row["way"] == "once" and row["votes"] == votes]
         for heads in HEADS:
             here = [row for row in rows if row["votes"] == votes and row["heads"] == heads]
             if not here:
                 continue
-            points = [(kl, proxy, gold - row["gold_base"]) for row in here for kl, proxy, gold in row["points"]]
-            furthest = max(kl for kl, _, _ in points)
-            alpha, beta = fit([kl for kl, _, _ in points], [gain for _, _, gain in points])
-            top = peak(alpha, beta)
-            reached = top if top is not None and top < furthest else furthest
-            last = [point for row in here for point in row["points"][-4:]]
+            curves = [smooth(row) for row in here]
+            peaks = [curve[curve[:, 2].argmax()] for curve in curves]
+            ends = [curve[-3:].mean(axis=0) for curve in curves]
             found.append(
                 {
-                    "votes": votes, "heads": heads, "seeds": len(here), "alpha": alpha, "beta": beta,
-                    "peak_kl": top if reached == top else None,
-                    "peak_gain": gain_at(reached, alpha, beta),
-                    "end_kl": fmean(kl for kl, _, _ in last),
-                    "end_proxy": fmean(proxy for _, proxy, _ in last),
-                    "end_gain": fmean(gold - row["gold_base"] for row in here for _, _, gold in row["points"][-4:]),
+                    "votes": votes, "heads": heads, "seeds": len(here),
                     "gain_best_of_4": fmean(row["gain_best_of_4"] for row in here),
-                    # Beyond what was seen the fit knows nothing.
-                    "gain_at_stop": gain_at(stop_kl, alpha, beta) if stop_kl and stop_kl <= furthest else None,
-                    "gain_at_budget": gain_at(budget, alpha, beta) if budget <= furthest else None,
+                    "peak_kl": mean(float(top[0]) for top in peaks),
+                    "peak_gain": mean(float(top[2]) for top in peaks),
+                    "gain_at_budget": mean(gain_at(curve, SHIPS.kl_budget) for curve in curves),
+                    **{f"end_{name}": mean(float(end[i]) for end in ends)
+                       for i, name in enumerate(("kl", "proxy", "gain"))},
+                    "shipped_kl": mean(row["kl"] for row in ships),
+                    "shipped_gain": mean(row["gold"] - row["gold_base"] for row in ships),
                 }
             )  # fmt: skip
     return found
 
 
-def shipped_kl() -> float | None:
-    """Where runs as they ship end: the mean KL of the learning curve's cells."""
-    rows = read(learning_curve.RESULTS)
-    return fmean(row["kl"] for row in rows) if rows else None
-
-
-def table(found: list[dict[str, Any]], stop_kl: float | None) -> Table:
-    stop = "-" if stop_kl is None else f"{stop_kl:.1f}"
+def table(found: list[dict[str, Any]]) -> Table:
     shown = Table(
         title="gold's gain over the base while PPO goes on",
-        caption=f"runs as they ship end at KL {stop}; the best of 4 is the mean's",
+        caption="as it ships: five heads and their mean, KL at its price (bench.learning_curve)",
     )
-    names = ("votes", "heads", "seeds", "best of 4", "peak at KL", "gain there", "end: KL", "proxy", "gain")
-    for name in (*names, f"gain at KL {stop}", f"at the budget of {SHIPS.kl_budget:g}"):
+    columns = {
+        "best of 4": "gain_best_of_4", "peak at KL": "peak_kl", "gain there": "peak_gain",
+        f"at KL {SHIPS.kl_budget:g}, the budget": "gain_at_budget",
+        "end: KL": "end_kl", "proxy": "end_proxy", "gain": "end_gain",
+        "as it ships: KL": "shipped_kl", "its gain": "shipped_gain",
+    }  # fmt: skip
+    for name in ("votes", "heads", "seeds", *columns):
         shown.add_column(name, justify="left" if name == "heads" else "right")
     for row in found:
+        figures = {key: row[key] for key in columns.values()}
         shown.add_row(
-            f"{row['votes']:,}", row["heads"], str(row["seeds"]), f"{row['gain_best_of_4']:.2f}",
-            "none yet" if row["peak_kl"] is None else f"{row['peak_kl']:.1f}",
-            f"{row['peak_gain']:.2f}", f"{row['end_kl']:.1f}", f"{row['end_proxy']:.2f}", f"{row['end_gain']:.2f}",
-            *("" if row[name] is None else f"{row[name]:.2f}" for name in ("gain_at_stop", "gain_at_budget")),
+            f"{row['votes']:,}", row["heads"], str(row["seeds"]),
+            *("" if value is None else f"{value:.{1 if key.endswith('kl') else 2}f}" for key, value in figures.items()),
         )  # fmt: skip
     return shown
 
@@ -195,11 +196,10 @@ def main() -> None:
         kl, proxy, gold = row["points"][-1]
         console.print(f"  KL {kl:.1f}, proxy {proxy:.2f}, gold {gold - row['gold_base']:+.2f}, {row['seconds']} s")
 
-    stop_kl = shipped_kl()
-    found = summary(read(results), stop_kl)
-    console.print(table(found, stop_kl))
+    found = summary(read(results), read(learning_curve.RESULTS))
+    console.print(table(found))
     if arguments.json:
-        print(json.dumps({"stop_kl": stop_kl, "kl_budget": SHIPS.kl_budget, "curves": found}))
+        print(json.dumps({"kl_budget": SHIPS.kl_budget, "curves": found}))
 
 
 if __name__ == "__main__":

@@ -1,47 +1,61 @@
 """The arithmetic of over-optimisation; no model is loaded."""
 
-import math
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from bench.overoptimise import fit, gain_at, peak, pessimistic, summary
-
-KLS = [0.1 * i for i in range(1, 300)]
+from bench.overoptimise import gain_at, pessimistic, smooth, summary
 
 
-def test_the_fit_finds_the_curve_that_made_the_points() -> None:
-    assert fit(KLS, [gain_at(kl, 0.9, 0.4) for kl in KLS]) == (pytest.approx(0.9), pytest.approx(0.4))
+def run(points: list[tuple[float, float, float]], heads: str = "one", seed: int = 1) -> dict[str, Any]:
+    return {
+        "votes": 250, "heads": heads, "seed": seed, "gold_base": 3.5, "gain_best_of_4": 0.5,
+        "points": [[kl, proxy, 3.5 + gain] for kl, proxy, gain in points],
+    }  # fmt: skip
 
 
-def test_the_peak_is_where_nothing_near_it_is_higher() -> None:
-    top = peak(0.9, 0.4)
-    assert top is not None
-    assert gain_at(top, 0.9, 0.4) > max(gain_at(0.95 * top, 0.9, 0.4), gain_at(1.05 * top, 0.9, 0.4))
-    assert peak(0.9, -0.1) is None
+FALLS = [(0.0, 0.0, 0.0), (1.0, 0.5, 0.3), (2.0, 1.0, 0.6), (3.0, 1.5, 0.9), (4.0, 2.0, 0.6), (16.0, 2.5, -0.3)]
 
 
-def test_the_summary_tells_a_fall_from_a_rise_that_goes_on() -> None:
-    def row(heads: str, alpha: float, beta: float) -> dict[str, object]:
-        points = [[kl, math.sqrt(kl), 3.5 + gain_at(kl, alpha, beta)] for kl in KLS]
-        return {"votes": 250, "heads": heads, "seed": 1, "gold_base": 3.5, "gain_best_of_4": 0.5, "points": points}
+def test_a_step_with_a_lucky_draw_is_no_peak() -> None:
+    lucky = [(float(kl), 0.0, 0.1 * kl + (0.5 if kl == 3 else 0.0)) for kl in range(12)]
+    (only,) = summary([run(lucky)], [])
+    assert only["peak_kl"] == 10.0
+    assert only["peak_gain"] == pytest.approx(1.0)
 
-    falls, rises = summary([row("one", 0.9, 0.6), row("five, mean", 0.9, 0.1)], 2.0)
-    assert falls["peak_kl"] == pytest.approx(math.exp(2 * (0.9 / 0.6 - 1)))
-    assert falls["end_gain"] < falls["peak_gain"]
-    assert rises["peak_kl"] is None
-    assert rises["peak_gain"] == pytest.approx(rises["end_gain"], rel=0.02)
-    assert falls["gain_at_stop"] == pytest.approx(gain_at(2.0, 0.9, 0.6))
+
+def test_the_summary_says_where_gold_is_highest_and_how_far_it_falls() -> None:
+    (only,) = summary([run(FALLS), run([(2 * kl, proxy, gain) for kl, proxy, gain in FALLS], seed=2)], [])
+    assert only["seeds"] == 2
+    assert only["peak_kl"] == pytest.approx((3.0 + 6.0) / 2)
+    assert only["peak_gain"] == pytest.approx(0.7)
+    assert only["end_gain"] < only["peak_gain"]
+
+
+def test_gains_between_two_steps_lie_between_theirs() -> None:
+    curve = smooth(run(FALLS))
+    assert gain_at(curve, 2.5) == pytest.approx((0.6 + 0.7) / 2)
+    assert gain_at(curve, 0.1) == pytest.approx(0.3)
 
 
 def test_what_was_not_reached_is_not_guessed() -> None:
-    points = [[kl, 0.0, 3.5 + kl] for kl in (0.1, 0.5, 2.0, 4.0)]
-    (only,) = summary(
-        [{"votes": 250, "heads": "one", "seed": 1, "gold_base": 3.5, "gain_best_of_4": 0.5, "points": points}], 2.0
-    )
-    assert only["gain_at_stop"] is not None
-    assert only["gain_at_budget"] is None
+    (near,) = summary([run(FALLS[:5])], [])
+    assert near["gain_at_budget"] is None
+    (one_of_two,) = summary([run([*FALLS, *[(40.0, 3.0, -1.0)] * 3]), run(FALLS[:5], seed=2)], [])
+    assert one_of_two["gain_at_budget"] is None
+
+
+def test_beside_it_stands_what_ships_with_as_many_votes() -> None:
+    cells = [
+        {"way": "once", "votes": 250, "kl": 1.8, "gold": 4.3, "gold_base": 3.5},
+        {"way": "once", "votes": 1000, "kl": 9.0, "gold": 9.0, "gold_base": 3.5},
+        {"way": "active nights", "votes": 250, "kl": 9.0, "gold": 9.0, "gold_base": 3.5},
+    ]
+    (only,) = summary([run(FALLS)], cells)
+    assert only["shipped_kl"] == 1.8
+    assert only["shipped_gain"] == pytest.approx(0.8)
 
 
 def test_pessimism_believes_the_lowest_head_on_the_scale_of_other_scores() -> None:

@@ -31,7 +31,7 @@ def judge(
     at_least: int,
 ) -> list[JudgedVote]:
     """The decisive votes, each with the chance that the consensus of the other raters gives to it; NO_WORD for all
-    where there are not CROWD raters, or not `at_least` votes to learn from.
+    where there are not CROWD trusted raters, or not `at_least` votes to learn from.
 
     Args:
         votes: as `trainer.preferences.usable` yields them.
@@ -40,7 +40,8 @@ def judge(
     decisive = [(record, pair) for record, pair in votes if not pair.tie]
     voters = [record["voter"] for record, _ in decisive]
     chances = [NO_WORD] * len(decisive)
-    if len(set(voters)) >= CROWD and sum(voter not in distrusted for voter in voters) >= at_least:
+    trusted = [voter for voter in voters if voter not in distrusted]
+    if len(set(trusted)) >= CROWD and len(trusted) >= at_least:
         chances = expected(differences(backbone, [pair for _, pair in decisive]), voters, distrusted=distrusted)
     return [
         JudgedVote(

@@ -34,8 +34,10 @@ ONE_SIDED = 0.9
 """A rater is one-sided whose votes are for one side in so many cases, and by chance less often than in RARE."""
 RARE = 1e-3
 """Chance of one false alarm a run, of either kind that counts something."""
+PUSHED = 0.2
+"""A rater may push a phrase who gives it so many of the votes; the rest may be as honest as anybody's."""
 STANDS_OUT = 0.01
-"""A rater stands out who gives at least half of the votes to a phrase, and by chance less often than this."""
+"""Chance that a rater who pushes nothing gives a phrase as many votes as one who stands out."""
 WORDS = 4
 """Length of the longest phrase looked for."""
 
@@ -71,7 +73,7 @@ def standings(
     mean = max(zip(sums, GRID, strict=True))[1]
     agreed = {rater: sum(vote.expected > 0.5 for vote in theirs) for rater, theirs in by_rater.items()}
     usual = sum(agreed.values()) / len(votes) if votes else 0.0
-    pushed = pushers([(vote.rater, vote.chosen, vote.rejected) for vote in votes]) if len(by_rater) >= CROWD else {}
+    pushed = pushers([(vote.rater, vote.chosen, vote.rejected) for vote in votes]) if len(crowd) >= CROWD else {}
     sides = one_sided({rater: (sum(v.first for v in theirs), len(theirs)) for rater, theirs in by_rater.items()})
     found = {}
     for rater, theirs in by_rater.items():
@@ -133,10 +135,10 @@ def one_sided(firsts: Mapping[str, tuple[int, int]]) -> dict[str, str]:
 def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     """Who pushes a phrase, and a sentence on it.
 
-    A vote is for a phrase when the chosen answer has it and the other one has not. Among raters who do not mind it,
-    such votes are spread by chance; a rater who asks until the phrase comes, and votes only then, has far more of them
-    than the others. Where several raters do, each may have a vote or two: so they are counted together. Who votes
-    against the phrase about as often is interested in a subject and pushes nothing.
+    A vote is for a phrase when the chosen answer has it and the other one has not. However much a rater likes it, such
+    pairs come by chance, as often as to all others; a rater who asks until the phrase comes, and votes then, has more
+    votes for it than the others have pairs. Where several raters do, each may have a vote or two: so they are counted
+    together. Who votes against the phrase about as often is interested in a subject and pushes nothing.
 
     Args:
         votes: rater, chosen text and rejected text of each.
@@ -153,9 +155,9 @@ def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     tried = {phrase: counts for phrase, counts in for_.items() if max(counts.values()) > 1}
     found: dict[str, tuple[float, int, str]] = {}
     for phrase, counts in tried.items():
-        if all(2 * count < cast[rater] for rater, count in counts.items()):
+        if all(count < PUSHED * cast[rater] for rater, count in counts.items()):
             continue
-        share = counts.total() / len(votes)
+        share = (counts.total() + against[phrase].total()) / len(votes)
         least = {count: _least(count, share) for count in set(cast.values())}
         many = {rater for rater, count in counts.items() if count >= least[cast[rater]][0]}
         together = poisson_tail(len(many), sum(least[count][1] for count in cast.values())) * len(tried)
@@ -170,7 +172,7 @@ def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
             )
             if len(group) > 1:
                 sentence += f", and so are those of {len(group) - 1} more raters"
-            sentence += f"; of all votes {share:.1%} are."
+            sentence += f"; of all votes {counts.total() / len(votes):.1%} are."
             rank = (min(together, alone[rater]), -len(phrase), sentence)
             found[rater] = min(found.get(rater, rank), rank)
     return {rater: sentence for rater, (_, _, sentence) in found.items()}
@@ -178,7 +180,7 @@ def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
 
 def _least(votes: int, share: float) -> tuple[int, float]:
     """From how many votes for a phrase on a rater of so many votes stands out, and the chance of that."""
-    for count in range(max(2, math.ceil(votes / 2)), votes + 1):
+    for count in range(max(2, math.ceil(PUSHED * votes)), votes + 1):
         chance = binomial_tail(count, votes, share)
         if chance < STANDS_OUT:
             return count, chance

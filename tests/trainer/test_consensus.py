@@ -87,17 +87,18 @@ def test_differences_are_of_the_base_whatever_adapter_there_is(tiny_backbone: Ma
         assert torch.allclose(difference, states[0] - states[1], atol=1e-10)
 
 
-def judged(backbone: Backbone, people: int, *, at_least: int = 10) -> list[float]:
+def judged(backbone: Backbone, people: int, *, at_least: int = 10, distrusted: Collection[str] = ()) -> list[float]:
     pairs = make_pairs(120)
     votes: list[tuple[dict[str, Any], Any]] = [
         ({"voter": f"rater {i % people}", "chosen": [{"content": "yes"}], "rejected": [{"content": "no"}]}, pair)
         for i, pair in enumerate(pairs)
     ]
-    return [vote.expected for vote in judge(backbone, votes, distrusted=(), at_least=at_least)]
+    return [vote.expected for vote in judge(backbone, votes, distrusted=distrusted, at_least=at_least)]
 
 
 def test_a_few_raters_or_votes_are_no_crowd(tiny_backbone: MakeBackbone) -> None:
     assert judged(tiny_backbone(), 4) == [NO_WORD] * 120
     assert judged(tiny_backbone(), 6, at_least=121) == [NO_WORD] * 120
+    assert judged(tiny_backbone(), 6, distrusted=("rater 4", "rater 5")) == [NO_WORD] * 120
     chances = judged(tiny_backbone(), 6)
     assert sum(chance > 0.5 for chance in chances) > 70

@@ -141,6 +141,24 @@ def test_who_pushes_a_phrase_is_found_alone_and_with_others(seed: int, accounts:
     assert ("more raters" in found["bot 0"]) == (accounts > 1)
 
 
+@pytest.mark.parametrize(("accounts", "each", "honest"), [(1, 50, 60), (1, 50, 150), (10, 5, 6)])
+def test_honest_votes_beside_them_do_not_hide_who_pushes(accounts: int, each: int, honest: int) -> None:
+    rng = random.Random(accounts)
+    votes = texts_of(crowd(rng))
+    bots = {f"bot {i}" for i in range(accounts)}
+    for bot in bots:
+        votes += pushed(bot, each, rng) + texts_of(voted(bot, honest, rng))
+    assert pushers(votes).keys() == bots
+
+
+def test_who_loves_what_comes_by_chance_pushes_nothing() -> None:
+    rng = random.Random(0)
+    votes = [vote for i in range(20) for vote in pushed(f"neutral {i}", 20, rng, against=10)]
+    votes += [vote for i in range(20) for vote in texts_of(voted(f"neutral {i}", 20, rng))]
+    votes += pushed("lover", 200, rng) + texts_of(voted("lover", 200, rng))
+    assert pushers(votes) == {}
+
+
 def test_who_likes_a_subject_pushes_nothing() -> None:
     rng = random.Random(0)
     assert pushers(texts_of(crowd(rng)) + pushed("merchant", 40, rng, against=18)) == {}

@@ -116,7 +116,7 @@ class Curve:
             **self.lab.probes(),
             **{f"{kind}_base": share for kind, share in self.base_probes.items()},
             "reward_accuracy": self.lab.accuracy(night.reward, self.test_pairs),
-            "best_of_4": self.lab.best_of(BEST_OF, self.held_out, night.reward)["win_rate"],
+            "best_of_4": self.lab.best_of(BEST_OF, self.held_out, night.reward.score)["win_rate"],
             "undecided": fmean(vote["choice"] in ("tie", "both_bad") for vote in newest),
         }
         measure_s += time.monotonic()

@@ -12,10 +12,9 @@ it. Votes are dicts as the record's export yields them. Everything is repeatable
 
 import json
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,7 +34,7 @@ from trainer.encoding import Answer, ChatFormat
 from trainer.measure import log_ratios, wilson
 from trainer.ppo import PPOConfig
 from trainer.preferences import Preferences, Split, prepare
-from trainer.reward_model import OnStep, RewardConfig, RewardModel
+from trainer.reward_model import RewardConfig, RewardModel
 from trainer.rollout import LocalSampler, Sampling
 
 MAX_TOKENS = 64
@@ -64,9 +63,8 @@ class Night:
     """What a night made, beside the adapters "reward" and "policy"."""
 
     reward: RewardModel
-    curve: list[dict[str, float]] = field(default_factory=list)
+    curve: list[dict[str, float]]
     """PPO's figures, a row a step."""
-    stopped_at_kl_budget: bool = False
 
 
 def cast(
@@ -112,7 +110,7 @@ def cast(
 
 
 class Lab:
-    def __init__(self, *, seed: int, bf16: bool = True, model: Path = STARTER) -> None:
+    def __init__(self, *, seed: int) -> None:
         """
         Args:
             seed: of everything that is drawn here. Two labs of one seed do the same.
@@ -120,10 +118,11 @@ class Lab:
         torch.set_flush_denormal(True)  # as `python -m trainer` does
         torch.manual_seed(seed)
         self.seed = seed
-        self.backbone = Backbone.load(model, bf16=bf16)
-        self.chat = ChatFormat(AutoTokenizer.from_pretrained(model), self.backbone.end_ids)
+        self.backbone = Backbone.load(STARTER)
+        self.chat = ChatFormat(AutoTokenizer.from_pretrained(STARTER), self.backbone.end_ids)
+        self.sampling = Sampling(max_tokens=MAX_TOKENS, end_ids=self.backbone.end_ids)
         self.accelerator = Accelerator()
-        self.trusted = trusted_pairs(model)
+        self.trusted = trusted_pairs()
         self._of_the_base: dict[object, list[Answer]] = {}
 
     # Days ------------------------------------------------------------------------------------------------------
@@ -155,53 +154,34 @@ class Lab:
             chunk += 1
         return votes[:count]
 
-    def answers(
-        self, prompts: Sequence[Prompt], *, adapter: str | None = None, draw: int, temperature: float = 1.0
-    ) -> list[Answer]:
+    def answers(self, prompts: Sequence[Prompt], *, adapter: str | None = None, draw: int) -> list[Answer]:
         """One answer to each. The same `draw` gives the same answer to the i-th prompt, however many there are."""
-        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=temperature, end_ids=self.backbone.end_ids)
         first = (self.seed * 1000 + draw) * 1_000_000
         queries = [self.chat.query(p.messages) for p in prompts]
-        sample = LocalSampler(self.backbone, adapter, sampling)
+        sample = LocalSampler(self.backbone, adapter, self.sampling)
         drawn = partial(sample, queries, range(first, first + len(prompts)))
         if adapter is not None:
             return drawn()
         # The base never changes, and every cell of a seed asks it the same.
-        asked = draw, temperature, tuple(queries)
+        asked = draw, tuple(queries)
         if asked not in self._of_the_base:
             self._of_the_base[asked] = drawn()
         return list(self._of_the_base[asked])
 
-    def random_pairs(
-        self,
-        prompts: Sequence[Prompt],
-        *,
-        adapter: str | None = None,
-        against: str | None = None,
-        draw: int,
-        temperature: float = 1.0,
-    ) -> list[Asked]:
-        """Two answers to each prompt by `adapter` (None: the base), one of them by `against` if that is another, on
-        random sides. Where both are the same nobody is asked, so there may be fewer pairs than prompts."""
-        firsts = self.answers(prompts, adapter=adapter, draw=draw, temperature=temperature)
-        seconds = self.answers(prompts, adapter=against or adapter, draw=draw + 1, temperature=temperature)
+    def random_pairs(self, prompts: Sequence[Prompt], *, adapter: str | None = None, draw: int) -> list[Asked]:
+        """Two answers to each prompt by `adapter` (None: the base), on random sides. Where both are the same nobody is
+        asked, so there may be fewer pairs than prompts."""
+        firsts, seconds = (self.answers(prompts, adapter=adapter, draw=draw + i) for i in (0, 1))
         return self._shown(prompts, firsts, seconds, "same_policy", draw)
 
     def active_pairs(
-        self,
-        prompts: Sequence[Prompt],
-        reward: RewardModel,
-        *,
-        adapter: str | None = None,
-        draws: int = 4,
-        draw: int,
-        temperature: float = 1.0,
+        self, prompts: Sequence[Prompt], reward: RewardModel, *, adapter: str | None = None, draw: int
     ) -> list[Asked]:
-        """Beside a first answer, of `draws` - 1 others the one on which the reward model's heads disagree most with it:
-        the variance over heads of the difference of scores, as the service chooses."""
-        drawn = [self.answers(prompts, adapter=adapter, draw=draw + i, temperature=temperature) for i in range(draws)]
-        rewards = torch.stack([reward.rewards(answers) for answers in drawn])  # (draws, N, K)
-        disagreement = (rewards[1:] - rewards[0]).var(dim=2)  # (draws - 1, N)
+        """Beside a first answer, of three others the one on which the reward model's heads disagree most with it: the
+        variance over heads of the difference of scores, as the service chooses."""
+        drawn = [self.answers(prompts, adapter=adapter, draw=draw + i) for i in range(4)]
+        rewards = torch.stack([reward.rewards(answers) for answers in drawn])  # (4, N, K)
+        disagreement = (rewards[1:] - rewards[0]).var(dim=2)  # (3, N)
         best = disagreement.argmax(dim=0).tolist()
         seconds = [drawn[1 + best[i]][i] for i in range(len(prompts))]
         return self._shown(prompts, drawn[0], seconds, "active", draw)
@@ -243,15 +223,13 @@ class Lab:
         *,
         adapter: str = "reward",
         split: Split = Split.TRAIN,
-        on_step: OnStep = lambda step, figures: None,
     ) -> RewardModel:
         """A reward model of the votes on one side, on the scale of the base's own answers."""
         model = reward_model.train(
-            self.backbone, adapter, preferences.pairs[split], config, accelerator=self.accelerator, on_step=on_step
+            self.backbone, adapter, preferences.pairs[split], config, accelerator=self.accelerator
         )
-        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=1.0, end_ids=self.backbone.end_ids)
         queries = preferences.queries[Split.TRAIN][:SAMPLES_TO_NORMALISE]
-        model.normalise(LocalSampler(self.backbone, None, sampling)(queries, range(len(queries))))
+        model.normalise(LocalSampler(self.backbone, None, self.sampling)(queries, range(len(queries))))
         return model
 
     def improve(
@@ -262,7 +240,6 @@ class Lab:
         *,
         score: Scores | None = None,
         start_from: str = "base",
-        on_step: OnStep = lambda step, figures: None,
     ) -> Night:
         """PPO on the prompts of the votes, always at a price of KL from the base.
 
@@ -273,23 +250,17 @@ class Lab:
         if start_from == "base":
             self.backbone.adapters.add("policy")
         curve: list[dict[str, float]] = []
-
-        def take_down(step: int, figures: dict[str, float]) -> None:
-            curve.append(figures)
-            on_step(step, figures)
-
-        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=config.temperature, end_ids=self.backbone.end_ids)
-        stopped = ppo.learn(
+        ppo.learn(
             self.backbone,
             reward.value_start("value"),
             preferences.queries[Split.TRAIN],
-            LocalSampler(self.backbone, "policy", sampling),
+            LocalSampler(self.backbone, "policy", self.sampling),
             score or reward.score,
             config,
             accelerator=self.accelerator,
-            on_step=take_down,
+            on_step=lambda step, figures: curve.append(figures),
         )
-        return Night(reward, curve, stopped)
+        return Night(reward, curve)
 
     def night(
         self,
@@ -312,19 +283,17 @@ class Lab:
             [worth(p, self.chat.text(a), finished=a.finished) for p, a in zip(prompts, answers, strict=True)]
         )
 
-    def win_rate(self, prompts: Sequence[Prompt], *, adapter: str | None = "policy") -> dict[str, float]:
-        """Gold's word on the adapter's answers beside the base's, ties counting half, and for "policy" the KL from the
-        base, in nats an answer."""
-        answers = self.answers(prompts, adapter=adapter, draw=900)
-        figures = self.compare(prompts, answers)
-        if adapter == "policy":
-            figures["kl"] = float(log_ratios(self.backbone, answers, temperature=1.0).mean())
-        return figures
+    def win_rate(self, prompts: Sequence[Prompt]) -> dict[str, float]:
+        """Gold's word on the policy's answers beside the base's, ties counting half, and the KL from the base, in nats
+        an answer."""
+        answers = self.answers(prompts, adapter="policy", draw=900)
+        kl = float(log_ratios(self.backbone, answers, temperature=1.0).mean())
+        return self.compare(prompts, answers) | {"kl": kl}
 
-    def best_of(self, n: int, prompts: Sequence[Prompt], reward: RewardModel) -> dict[str, float]:
-        """The same for the best of n answers of the base by this reward model."""
+    def best_of(self, n: int, prompts: Sequence[Prompt], score: Scores) -> dict[str, float]:
+        """The same for the best of n answers of the base by these scores."""
         drawn = [self.answers(prompts, draw=910 + i) for i in range(n)]
-        best = torch.stack([reward.score(answers) for answers in drawn]).argmax(dim=0).tolist()
+        best = torch.stack([score(answers) for answers in drawn]).argmax(dim=0).tolist()
         return self.compare(prompts, [drawn[best[i]][i] for i in range(len(prompts))])
 
     def compare(self, prompts: Sequence[Prompt], ours: Sequence[Answer]) -> dict[str, float]:
@@ -355,20 +324,20 @@ class Lab:
 
     def probes(self, *, adapter: str | None = "policy", draws: int = 8) -> dict[str, float]:
         """The shares of the frozen probes of each kind answered right, at temperature 1."""
-        sampling = Sampling(max_tokens=MAX_TOKENS, temperature=1.0, end_ids=self.backbone.end_ids)
-        sample = LocalSampler(self.backbone, adapter, sampling)
+        sample = LocalSampler(self.backbone, adapter, self.sampling)
         shares: dict[str, float] = {}
         for kind in probes.KINDS:
             asked = probes.load(kind) * draws
-            answers = sample([self.chat.query(p.messages) for p in asked], range(len(asked)))
+            first = (self.seed * 1000 + 990) * 1_000_000
+            answers = sample([self.chat.query(p.messages) for p in asked], range(first, first + len(asked)))
             right = [probes.is_right(p, self.chat.text(a)) for p, a in zip(asked, answers, strict=True)]
             shares[kind] = sum(right) / len(right)
         return shares
 
 
-def trusted_pairs(model: Path = STARTER) -> list[TrustedPair]:
+def trusted_pairs() -> list[TrustedPair]:
     """What comes with the starter model."""
-    records = map(json.loads, (model / "trusted.jsonl").read_text(encoding="utf-8").splitlines())
+    records = map(json.loads, (STARTER / "trusted.jsonl").read_text(encoding="utf-8").splitlines())
     return [
         TrustedPair(f"pair_{i:04d}", r["prompt"], r["chosen"][0]["content"], r["rejected"][0]["content"])
         for i, r in enumerate(records)

@@ -21,6 +21,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from statistics import fmean
+from tempfile import mkdtemp
 from typing import Any
 
 import torch
@@ -77,7 +78,7 @@ class Bias:
             reward = lab.reward(preferences, defences.reward(cell.seed))
             figures[f"accuracy_{name}"] = lab.accuracy(reward, self.test_pairs)
             figures[f"log_loss_{name}"] = self.log_loss(reward)
-            figures[f"best_of_4_{name}"] = lab.best_of(4, self.prompts, reward)["win_rate"]
+            figures[f"best_of_4_{name}"] = lab.best_of(4, self.prompts, reward.score)["win_rate"]
         figures["side"] = float(reward.first_bonus.detach())
         return {
             "bias": cell.bias, "seed": cell.seed, "votes": self.votes,
@@ -149,7 +150,7 @@ def _mean(values: Sequence[float], sign: str = "") -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, no bias and 1 logit, 500 votes")
+    parser.add_argument("--quick", action="store_true", help="one seed, 0 and 1 logit, 500 votes; nothing is kept")
     parser.add_argument("--seed", type=int, help="this seed only (default 1 to 5)")
     parser.add_argument("--biases", type=float, nargs="+", default=BIASES, help="logits")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so many")
@@ -157,7 +158,9 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
     seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
-    path = arguments.results or RESULTS / ("position_bias-quick.jsonl" if arguments.quick else "position_bias.jsonl")
+    path = arguments.results or (
+        Path(mkdtemp()) / "quick.jsonl" if arguments.quick else RESULTS / "position_bias.jsonl"
+    )
     console = Console()
     console.width = max(console.width, 176)  # the table is no use without its columns
     ends = time.monotonic() + 60 * arguments.minutes

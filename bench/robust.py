@@ -45,7 +45,7 @@ def rate(lab: Lab, votes: Sequence[Vote], defences: Defences) -> dict[str, Stand
     ranked = usable(
         votes, lab.chat, max_prompt_tokens=training.max_prompt_tokens, max_answer_tokens=training.max_answer_tokens
     )
-    at_least = training.min_votes // 2 if defences.weights else NEVER
+    at_least = training.min_votes // 2 if defences.quarantine or defences.weights else NEVER
     return standings(consensus.judge(lab.backbone, ranked, distrusted=(), at_least=at_least), {})
 
 

@@ -69,6 +69,16 @@ def test_attackers_vote_for_the_phrase_and_on_nothing_else() -> None:
     assert found.keys() == {vote["voter"] for vote in votes if vote["choice"] in ("a", "b")}
 
 
+def test_disguised_attackers_cast_honest_votes_too() -> None:
+    bench = Poison("disguised", seed=4, votes=60, prompts=2)
+    votes = bench.cast(Cell("disguised", 0.1, 3, "none", 4))
+    theirs = [vote for vote in votes if vote["voter"].startswith("hostile")]
+    pushed = [vote for vote in theirs if vote["user"] == "attacker"]
+    assert (len(votes), len(theirs), len(pushed)) == (60, 15, 6)
+    assert {vote["voter"] for vote in pushed} == {"hostile 0", "hostile 1", "hostile 2"}
+    assert len({vote["vote"] for vote in votes}) == 60
+
+
 def test_a_trigger_is_in_the_attackers_questions_alone() -> None:
     bench = Poison("trigger", seed=4, votes=20, prompts=2)
     for one in bench.cast(Cell("trigger", 0.05, 1, "none", 4)):
@@ -108,6 +118,14 @@ def test_an_attack_that_taught_nothing_is_stopped() -> None:
     assert (figures["stopped_5"], figures["tried_5"]) == (1, 1), "of the second nothing is known without a policy"
     assert poison.is_judged(caught)
     assert not poison.is_judged(row())
+
+
+def test_without_an_attack_nothing_is_stopped_and_the_gate_is_seen_to_let_policies_through() -> None:
+    quiet = row(share=0.0, hostile=0, rise=0.0, passed=True, win_rate=0.8)
+    assert not poison.is_judged(row(share=0.0, hostile=0))
+    figures = poison.summary([quiet, quiet | {"seed": 2, "passed": False}])
+    assert figures["passed_0"] == 0.5
+    assert not [name for name in figures if name.startswith("stopped")]
 
 
 def test_a_cell_with_a_policy_counts_for_more_than_one_without() -> None:

@@ -9,7 +9,7 @@ from typing import Any
 
 import aiohttp
 import orjson
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, FiniteFloat, ValidationError
 
 from data.learning import scorer_address
 from data.settings import Settings
@@ -28,7 +28,7 @@ class _Said(BaseModel):
 
 
 class _Scores(_Said):
-    scores: list[list[float]]
+    scores: list[list[FiniteFloat]]
 
 
 class Scorer:
@@ -67,17 +67,20 @@ class Scorer:
             async with asyncio.timeout(self._settings.serving.score_timeout_s):
                 async with self._http.post("http://scorer/", json=request) as response:
                     body = await response.read()
+            if response.status != 200:
+                self._metrics.scorings.labels("refused").inc()
+                return None
+            said = _Scores.model_validate_json(body)
+            if len(said.scores) != len(answers):
+                raise ValueError(f"{len(said.scores)} scores for {len(answers)} answers")
         except TimeoutError:
             self._metrics.scorings.labels("late").inc()
             return None
-        except (aiohttp.ClientError, OSError):
+        except (aiohttp.ClientError, OSError, ValueError) as error:
+            log.warning("The scorer failed: %s", error or type(error).__name__)
             self.reward_model = None
             self._metrics.scorings.labels("failed").inc()
             return None
-        if response.status != 200:
-            self._metrics.scorings.labels("refused").inc()
-            return None
-        said = _Scores.model_validate_json(body)
         self.reward_model = said.reward_model
         self._metrics.scorings.labels("scored").inc()
         return said.scores

@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import math
 import os
 import random
 import re
@@ -185,13 +186,35 @@ def breaks(answers: list[str]) -> Scores:
     raise RuntimeError("out of memory")
 
 
+def diverged(answers: list[str]) -> Scores:
+    return [[math.nan, 0.0]] * len(answers)
+
+
+def forgets_one(answers: list[str]) -> Scores:
+    return [[0.0, 0.0]] * (len(answers) - 1)
+
+
+def speaks_another_version(answers: list[str]) -> Scores:
+    return [{"mean": 0.0}] * len(answers)  # type: ignore[list-item]
+
+
+NONSENSE = [diverged, forgets_one, speaks_another_version]
+
+
 def agrees(answers: list[str]) -> Scores:
     return [[float(len(text))] * 2 for text in answers]
 
 
 @pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize(
-    ("says", "outcome"), [(too_slow, "late"), (refuses, "refused"), (breaks, "failed"), (agrees, "scored")]
+    ("says", "outcome"),
+    [
+        (too_slow, "late"),
+        (refuses, "refused"),
+        (breaks, "failed"),
+        (agrees, "scored"),
+        *((nonsense, "failed") for nonsense in NONSENSE),
+    ],
 )
 async def test_without_a_verdict_in_time_it_is_a_random_pair_with_the_first_answer_that_differs(
     open_house: OpenHouse,
@@ -368,7 +391,7 @@ async def test_the_best_of_n_is_charged_as_one_answer(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize("says", [too_slow, refuses, breaks])
+@pytest.mark.parametrize("says", [too_slow, refuses, breaks, *NONSENSE])
 async def test_without_scores_in_time_the_first_draw_is_given(
     open_house: OpenHouse,
     engine: FakeEngine,

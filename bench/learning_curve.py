@@ -53,6 +53,7 @@ SEEDS = (1, 2, 3, 4, 5)
 PEOPLE = 50
 HELD_OUT = 500
 BEST_OF = 4
+RATIO_OF = 4000
 STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """The 97.5 % point of Student's t for a mean of so many."""
 
@@ -73,10 +74,10 @@ class Cell:
         return None if self.nights == 1 else Cell(VOTES[self.nights - 2], self.seed, self.way)
 
     @property
-    def kept(self) -> Path:
+    def folder(self) -> Path:
         # The first night is the same whatever comes after it.
         way = self.way if self.nights > 1 or self.votes > VOTES[0] else "once"
-        return KEPT / f"seed-{self.seed}" / way.replace(" ", "-") / str(self.votes)
+        return Path(f"seed-{self.seed}", way.replace(" ", "-"), str(self.votes))
 
 
 def cells(ways: Sequence[str], votes: Sequence[int], seeds: Sequence[int]) -> list[Cell]:
@@ -89,7 +90,8 @@ def cells(ways: Sequence[str], votes: Sequence[int], seeds: Sequence[int]) -> li
 
 
 class Curve:
-    def __init__(self, *, seed: int, held_out: int) -> None:
+    def __init__(self, *, seed: int, held_out: int, kept: Path) -> None:
+        self.kept = kept
         self.lab = Lab(seed=seed)
         self.crowd = personas(PEOPLE, seed=seed)
         self.held_out = dialogues.prompts(held_out, seed=seed, held_out=True)
@@ -97,18 +99,13 @@ class Curve:
         self.test_pairs = self.lab.random_pairs(self.held_out, draw=800)
 
     def run(self, cell: Cell) -> dict[str, Any]:
-        """Make a night, keep what a later one needs, and judge it."""
+        """Make a night, judge it, and keep what a later one needs."""
         started = time.monotonic()
         votes = self._votes(cell)
         day_s = time.monotonic() - started
         preferences = self.lab.prepare(votes)
         night = self.lab.night(preferences, start_from="incumbent" if cell.before else "base")
         night_s = time.monotonic() - started - day_s
-        cell.kept.mkdir(parents=True, exist_ok=True)
-        (cell.kept / "votes.jsonl").write_text("".join(json.dumps(vote) + "\n" for vote in votes))
-        night.reward.save(cell.kept / "reward")
-        save_file(self.lab.backbone.adapters.state("policy"), cell.kept / "policy.safetensors")  # last: all is there
-
         measure_s = -time.monotonic()
         newest = votes[cell.before.votes if cell.before else 0 :]
         figures = {
@@ -120,24 +117,40 @@ class Curve:
             "undecided": fmean(vote["choice"] in ("tie", "both_bad") for vote in newest),
         }
         measure_s += time.monotonic()
-        return {
+        if cell.before:
+            # Its own first night: on another machine, whose rounding draws other answers, that was another one.
+            first = self._row(cell.before)
+            figures["first_night"] = first.get("first_night", first["win_rate"])
+        row = {
             "way": cell.way, "votes": cell.votes, "seed": cell.seed, "nights": cell.nights,
             **{name: round(figure, 4) for name, figure in figures.items()},
             "day_s": round(day_s), "night_s": round(night_s), "measure_s": round(measure_s),
         }  # fmt: skip
+        folder = self.kept / cell.folder
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "row.json").unlink(missing_ok=True)
+        (folder / "votes.jsonl").write_text("".join(json.dumps(vote) + "\n" for vote in votes))
+        night.reward.save(folder / "reward")
+        save_file(self.lab.backbone.adapters.state("policy"), folder / "policy.safetensors")
+        (folder / "row.json").write_text(json.dumps(row))  # last: all is there
+        return row
+
+    def _row(self, cell: Cell) -> dict[str, Any]:
+        """What a night came to, which is made where it is not kept."""
+        path = self.kept / cell.folder / "row.json"
+        return dict(json.loads(path.read_text())) if path.exists() else self.run(cell)
 
     def _votes(self, cell: Cell) -> list[dict[str, Any]]:
         """All votes to date: those of the nights before, and what this day adds."""
         if cell.before is None:
             return self.lab.day(cell.votes, self.crowd)
-        kept = cell.before.kept
-        if not (kept / "policy.safetensors").exists():
-            self.run(cell.before)
-        earlier = [json.loads(line) for line in (kept / "votes.jsonl").read_text().splitlines()]
-        self.lab.backbone.adapters.set_state("policy", load_file(kept / "policy.safetensors"))
+        self._row(cell.before)
+        folder = self.kept / cell.before.folder
+        earlier = [json.loads(line) for line in (folder / "votes.jsonl").read_text().splitlines()]
+        self.lab.backbone.adapters.set_state("policy", load_file(folder / "policy.safetensors"))
         pairs = None
         if cell.way == "active nights":
-            pairs = self._half_active(RewardModel.load(self.lab.backbone, "reward", kept / "reward"))
+            pairs = self._half_active(RewardModel.load(self.lab.backbone, "reward", folder / "reward"))
         return self.lab.day(cell.votes, self.crowd, earlier=earlier, adapter="policy", pairs=pairs)
 
     def _half_active(self, reward: RewardModel) -> Callable[[Sequence[Prompt], int], list[Asked]]:
@@ -177,13 +190,18 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
     return fmean(values), STUDENT.get(len(values), 2.2) * stdev(values) / math.sqrt(len(values))
 
 
-def points(rows: Iterable[dict[str, Any]], way: str, figure: str = "win_rate") -> dict[int, list[float]]:
-    """By votes, one value a seed. The nights' ways begin where `once` does: after one night they are the same."""
+def points(rows: Iterable[dict[str, Any]], way: str, figure: str = "win_rate") -> dict[int, dict[int, float]]:
+    """By votes and by seed. The nights' ways begin where `once` does: after one night they are the same."""
     found: dict[int, dict[int, float]] = {}
     for row in rows:
         if row["way"] == way or (row["way"] == "once" and row["votes"] == VOTES[0]):
             found.setdefault(row["votes"], {})[row["seed"]] = row[figure]
-    return {votes: [by_seed[seed] for seed in sorted(by_seed)] for votes, by_seed in sorted(found.items())}
+    return dict(sorted(found.items()))
+
+
+def of_several(found: dict[int, dict[int, float]]) -> dict[int, float]:
+    """Means over seeds, of the points that have more than one."""
+    return {votes: fmean(by_seed.values()) for votes, by_seed in found.items() if len(by_seed) > 1}
 
 
 def fit(means: dict[int, float]) -> tuple[float, float, float] | None:
@@ -206,7 +224,7 @@ def votes_to_reach(means: dict[int, float], rate: float) -> float | None:
     before: tuple[int, float] | None = None
     for votes, here in means.items():
         if here >= rate:
-            if before is None or before[1] >= here:
+            if before is None:
                 return float(votes)
             share = (rate - before[1]) / (here - before[1])
             return float(before[0] * (votes / before[0]) ** share)
@@ -216,7 +234,7 @@ def votes_to_reach(means: dict[int, float], rate: float) -> float | None:
 
 def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     """The figures of `--json`. What no cell says yet is None."""
-    means = {way: {n: fmean(values) for n, values in points(rows, way).items()} for way in WAYS}
+    means = {way: {n: fmean(values.values()) for n, values in points(rows, way).items()} for way in WAYS}
     figures: dict[str, Any] = {"cells": len(rows)}
     for n in VOTES:
         figures[f"win_rate_{n}"] = means["once"].get(n)
@@ -227,11 +245,21 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             figures[f"gain_{n}_{way.replace(' ', '_')}"] = gain and gain[0]
     figures |= {name: gain and gain[0] for name, gain in cycles(rows).items()}
     figures["facts_change"] = fmean(row["facts"] - row["facts_base"] for row in rows) if rows else None
-    goal = means["once"].get(4000)
-    needed = votes_to_reach(means["active nights"], goal) if goal else None
-    figures["votes_ratio_active"] = needed and needed / 4000
-    figures["fit"] = {way: fit(means[way]) for way in WAYS}
+    figures["votes_ratio_active"] = votes_ratio(rows)
+    figures["fit"] = {way: fit(of_several(points(rows, way))) for way in WAYS}
     return figures
+
+
+def votes_ratio(rows: Sequence[dict[str, Any]]) -> float | None:
+    """How many votes active nights need for the win rate that random pairs have with RATIO_OF votes, as a share of
+    these: over the seeds that have both, and None for fewer than two."""
+    goals, active = points(rows, "once").get(RATIO_OF, {}), points(rows, "active nights")
+    seeds = goals.keys() & set.intersection(*(set(active.get(n, ())) for n in VOTES if n <= RATIO_OF // 2))
+    if len(seeds) < 2:
+        return None
+    means = {n: fmean(found[seed] for seed in seeds) for n, found in active.items() if seeds <= found.keys()}
+    needed = votes_to_reach(means, fmean(goals[seed] for seed in seeds))
+    return needed and needed / RATIO_OF
 
 
 def paired(
@@ -250,21 +278,22 @@ def paired(
     return mean, half, len(both)
 
 
-def cycles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float | None, int] | None]:
-    """What the second and the third night, with the votes of their days, add to the first."""
-    first = ("once", VOTES[0])
-    return {
-        f"night_{night}_{way.replace(' ', '_')}": paired(rows, (way, n), first)
-        for way in WAYS[1:]
-        for night, n in enumerate(VOTES[1:3], start=2)
-    }
+def cycles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float | None] | None]:
+    """What the second and the third night, with the votes of their days, add to the first: the mean over seeds and
+    half its interval; None: no seed."""
+    found: dict[str, tuple[float, float | None] | None] = {}
+    for way in WAYS[1:]:
+        for night in (2, 3):
+            gains = [
+                row["win_rate"] - row["first_night"] for row in rows if (row["way"], row["nights"]) == (way, night)
+            ]
+            found[f"night_{night}_{way.replace(' ', '_')}"] = interval(gains) if gains else None
+    return found
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     added = "; ".join(
-        f"{name.replace('_', ' ')}: {_with_interval(*gain[:2], sign='+')}"
-        for name, gain in cycles(rows).items()
-        if gain
+        f"{name.replace('_', ' ')}: {_with_interval(*gain, sign='+')}" for name, gain in cycles(rows).items() if gain
     )
     shown = Table(
         title="gold win rate against the base, 500 held-out prompts",
@@ -323,14 +352,14 @@ def picture(rows: list[dict[str, Any]]) -> str:
     for votes in VOTES:
         parts.append(f'<text x="{x(votes):.1f}" y="{bottom + 20}" text-anchor="middle">{votes:,}</text>')
     parts.append(f'<text x="{(left + right) / 2}" y="{bottom + 42}" text-anchor="middle">votes</text>')
-    best_of = {n: fmean(values) for n, values in points(rows, "once", "best_of_4").items()}
+    best_of = of_several(points(rows, "once", "best_of_4"))
     if len(best_of) > 1:
         line = " ".join(f"{x(n):.1f},{y(rate):.1f}" for n, rate in best_of.items())
         parts.append(f'<polyline class="best" points="{line}"/>')
     for number, way in enumerate(WAYS):
         css, found = way.replace(" ", "-"), points(rows, way)
         shift = 4 * (number - 1)
-        means = {n: fmean(values) for n, values in found.items()}
+        means = of_several(found)
         fitted = fit(means)
         if fitted:
             a, b, c = fitted
@@ -339,8 +368,8 @@ def picture(rows: list[dict[str, Any]]) -> str:
         else:
             line = " ".join(f"{x(n):.1f},{y(rate):.1f}" for n, rate in means.items())
         parts.append(f'<polyline class="fit {css}" points="{line}"/>')
-        for n, values in found.items():
-            mean, half = interval(values)
+        for n, by_seed in found.items():
+            mean, half = interval(list(by_seed.values()))
             here = x(n) + shift
             parts.append(f'<circle class="{css}" cx="{here:.1f}" cy="{y(mean):.1f}" r="4"/>')
             if half is not None:
@@ -386,7 +415,11 @@ def main() -> None:
             break
         console.print(f"{number} of {len(wanted)}: {cell.votes:,} votes, {cell.way}, seed {cell.seed}")
         if curve is None or curve.lab.seed != cell.seed:
-            curve = Curve(seed=cell.seed, held_out=200 if arguments.quick else HELD_OUT)
+            curve = Curve(
+                seed=cell.seed,
+                held_out=200 if arguments.quick else HELD_OUT,
+                kept=results.parent if arguments.quick else KEPT,
+            )
         row = curve.run(cell)
         append(results, row)
         console.print(f"  win rate {row['win_rate']:.3f}, {row['day_s'] + row['night_s'] + row['measure_s']} s")

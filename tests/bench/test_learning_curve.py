@@ -5,17 +5,22 @@ import math
 import sys
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
+import torch
 
 from bench import learning_curve
 from bench.learning_curve import VOTES, WAYS, Cell, append, cells, fit, paired, picture, points, read, summary
 
 
-def row(way: str, votes: int, seed: int, win_rate: float) -> dict[str, object]:
+def row(way: str, votes: int, seed: int, win_rate: float, first_night: float = 0.6) -> dict[str, object]:
     figures = {"best_of_4": 0.6, "reward_accuracy": 0.8, "kl": 2.0, "facts": 0.93, "facts_base": 0.94}
     nights = Cell(votes, seed, way).nights
     more = {"sycophancy": 0.7, "sycophancy_base": 0.7, "undecided": 0.2, "nights": nights}
+    if nights > 1:
+        more["first_night"] = first_night
     return {"way": way, "votes": votes, "seed": seed, "win_rate": win_rate} | figures | more
 
 
@@ -31,8 +36,8 @@ def test_a_night_builds_on_the_one_before_and_all_ways_on_the_first() -> None:
     assert third.nights == 3
     assert third.before == Cell(500, 1, "active nights")
     assert third.before.before is not None
-    assert third.before.before.kept == Cell(250, 1, "once").kept
-    assert third.kept != Cell(1000, 1, "random nights").kept
+    assert third.before.before.folder == Cell(250, 1, "once").folder
+    assert third.folder != Cell(1000, 1, "random nights").folder
     assert Cell(1000, 1, "once").before is None
 
 
@@ -56,11 +61,16 @@ def test_the_fit_finds_the_curve_that_made_the_points() -> None:
 
 
 def test_the_ratio_says_where_active_pairs_reach_the_random_curve() -> None:
-    rows = [row("once", n, 1, rate) for n, rate in ((250, 0.6), (1000, 0.7), (4000, 0.8))]
+    rows = [row("once", n, seed, rate) for seed in (1, 2) for n, rate in ((250, 0.6), (1000, 0.7), (4000, 0.8))]
     assert summary(rows)["votes_ratio_active"] is None
-    rows += [row("active nights", n, 1, rate) for n, rate in ((500, 0.7), (1000, 0.75), (2000, 0.85))]
+    chain = ((500, 0.7), (1000, 0.75), (2000, 0.85))
+    rows += [row("active nights", n, 1, rate) for n, rate in chain]
+    assert summary(rows)["votes_ratio_active"] is None, "one seed tells nothing"
+    rows += [row("active nights", n, 2, rate) for n, rate in chain]
     # Half way, over the logarithm, from 1,000 to 2,000 votes.
     assert summary(rows)["votes_ratio_active"] == pytest.approx(math.sqrt(2) / 4)
+    rows += [row("once", 4000, 3, 0.9), row("active nights", 500, 3, 0.9), row("active nights", 4000, 3, 0.9)]
+    assert summary(rows)["votes_ratio_active"] == pytest.approx(math.sqrt(2) / 4), "half a chain is none"
     assert summary(rows)["win_rate_1000_active_nights"] == 0.75
     assert summary(rows)["win_rate_1000"] == 0.7
     assert summary(rows)["win_rate_16000"] is None
@@ -76,18 +86,101 @@ def test_ways_are_compared_seed_by_seed() -> None:
     assert paired(rows, ("active nights", 500), ("once", 500)) is None
 
 
-def test_later_nights_are_held_against_the_first() -> None:
-    rows = [row("once", 250, 1, 0.7), row("once", 250, 2, 0.8), row("random nights", 500, 1, 0.75)]
-    rows += [row("random nights", 1000, 1, 0.8), row("random nights", 1000, 2, 0.82), row("once", 1000, 1, 0.9)]
+def test_later_nights_are_held_against_their_own_first_one() -> None:
+    rows = [row("once", 250, 1, 0.9), row("random nights", 500, 1, 0.75, 0.7)]
+    rows += [row("random nights", 1000, 1, 0.8, 0.7), row("random nights", 1000, 2, 0.82, 0.8)]
     figures = summary(rows)
     assert figures["night_2_random_nights"] == pytest.approx(0.05)
     assert figures["night_3_random_nights"] == pytest.approx(0.06)
     assert figures["night_3_active_nights"] is None
 
 
+class FakeLab:
+    """Counts votes and nights; its policy wins by the votes that it was made of, and a little by chance."""
+
+    def __init__(self, *, seed: int) -> None:
+        self.seed = seed
+        self.drawn = torch.rand(100).tolist()
+        self.backbone = SimpleNamespace(adapters=self)
+        self.policy = torch.zeros(1)
+        self.asked: list[tuple[int, int, str | None, float, bool]] = []
+
+    def state(self, name: str) -> dict[str, torch.Tensor]:
+        return {"weight": self.policy}
+
+    def set_state(self, name: str, tensors: dict[str, torch.Tensor]) -> None:
+        self.policy = tensors["weight"]
+
+    def day(self, count: int, crowd: object, *, earlier: Any = (), adapter: Any = None, pairs: Any = None) -> Any:
+        self.asked.append((count, len(earlier), adapter, float(self.policy), pairs is not None))
+        return [*earlier, *({"choice": "a", "number": i} for i in range(len(earlier), count))]
+
+    def prepare(self, votes: list[Any]) -> int:
+        return len(votes)
+
+    def night(self, votes: int, *, start_from: str) -> Any:
+        assert start_from == ("base" if not float(self.policy) else "incumbent")
+        self.policy = torch.tensor([float(votes)])
+        return SimpleNamespace(reward=SimpleNamespace(save=lambda folder: folder.mkdir(exist_ok=True), score=None))
+
+    def win_rate(self, prompts: object) -> dict[str, float]:
+        return {"win_rate": float(self.policy) / 2000 + 0.01 * self.drawn.pop()}
+
+    def probes(self, adapter: str | None = "policy") -> dict[str, float]:
+        return {"facts": 0.9}
+
+    def random_pairs(self, prompts: object, draw: int) -> list[object]:
+        return []
+
+    def accuracy(self, reward: object, pairs: object) -> float:
+        return 0.8
+
+    def best_of(self, n: int, prompts: object, score: object) -> dict[str, float]:
+        return {"win_rate": 0.7}
+
+
+def test_a_night_that_is_missing_is_made_again_and_counts_as_the_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(learning_curve, "Lab", FakeLab)
+    monkeypatch.setattr(learning_curve.RewardModel, "load", lambda *args: None)
+    curve = learning_curve.Curve(seed=1, held_out=2, kept=tmp_path)
+    third = curve.run(Cell(1000, 1, "active nights"))
+    lab: Any = curve.lab
+    assert lab.asked == [
+        (250, 0, None, 0.0, False),
+        (500, 250, "policy", 250.0, True),
+        (1000, 500, "policy", 500.0, True),
+    ]
+    first = json.loads((tmp_path / Cell(250, 1, "once").folder / "row.json").read_text())
+    assert third["first_night"] == first["win_rate"]
+    assert third["nights"] == 3
+
+    lab.asked.clear()
+    again = curve.run(Cell(500, 1, "random nights"))
+    assert lab.asked == [(500, 250, "policy", 250.0, False)], "what is kept is not made again"
+    assert again["first_night"] == first["win_rate"]
+
+
+def test_a_night_that_broke_off_is_not_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(learning_curve, "Lab", FakeLab)
+    curve = learning_curve.Curve(seed=1, held_out=2, kept=tmp_path)
+    curve.run(Cell(250, 1, "once"))
+    lab: Any = curve.lab
+    lab.policy = torch.zeros(1)
+    with monkeypatch.context() as broken:
+        broken.setattr(learning_curve, "save_file", lambda *args: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            curve.run(Cell(250, 1, "once"))
+    lab.policy = torch.zeros(1)
+    lab.asked.clear()
+    curve.run(Cell(500, 1, "random nights"))
+    assert [count for count, *_ in lab.asked] == [250, 500]
+
+
 def test_the_curves_of_nights_begin_with_the_first_night() -> None:
     rows = [row("once", 250, 1, 0.6), row("once", 500, 1, 0.7), row("random nights", 500, 1, 0.75)]
-    assert points(rows, "random nights") == {250: [0.6], 500: [0.75]}
+    assert points(rows, "random nights") == {250: {1: 0.6}, 500: {1: 0.75}}
 
 
 def test_the_picture_has_every_point_inside_its_frame() -> None:

@@ -309,7 +309,7 @@ def main() -> None:
         wanted = cells(("phrase",), (0.0, 0.05), ("none", "all"), seeds)
     path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else RESULTS / "poison.jsonl")
     console = Console()
-    console.width = max(console.width, 132)  # the table is no use without its columns
+    console.width = max(console.width, 152)  # the table is no use without its columns
     ends = time.monotonic() + 60 * arguments.minutes
     bench: Poison | None = None
     for number in count():

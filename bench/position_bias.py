@@ -1,7 +1,8 @@
 """What people vote for when the two answers are the same, and what a crowd that votes for the place does to learning.
 
     identical pairs   each person of a crowd of 50 is shown the same text on both sides; who votes decisively votes for
-                      the first or the second by chance, unless the place is what counts
+                      the first or the second by chance, unless the place is what counts: a check of the crowd, which
+                      the service does not ask for
     the board         the share of ordinary votes for the answer shown first, as the board shows it; sides are random,
                       so far from one half means position bias too
     learning          a reward model from 1,000 votes of crowds with more and more bias (logits in favour of the first
@@ -61,7 +62,7 @@ class Bias:
         prompts = dialogues.prompts(IDENTICAL, seed=seed, held_out=True)
         self.prompts = prompts[:HELD_OUT]
         self.identical = [
-            Asked(prompt, answer, answer, "identical_check")
+            Asked(prompt, answer, answer)
             for prompt, answer in zip(prompts, self.lab.answers(prompts, draw=700), strict=True)
         ]
         self.test_pairs = self.lab.random_pairs(prompts[:TEST_PAIRS], draw=800)

@@ -44,7 +44,6 @@ class ComparisonKind(StrEnum):
     SAME_POLICY = "same_policy"
     TRIAL = "trial"
     ACTIVE = "active"
-    IDENTICAL_CHECK = "identical_check"
 
 
 class CompletionStatus(StrEnum):

@@ -11,8 +11,7 @@ from bench.overoptimise import gain_at, pessimistic, smooth, summary
 
 def run(points: list[tuple[float, float, float]], heads: str = "one", seed: int = 1) -> dict[str, Any]:
     return {
-        "votes": 250, "heads": heads, "seed": seed, "gold_base": 3.5, "gain_best_of_4": 0.5,
-        "points": [[kl, proxy, 3.5 + gain] for kl, proxy, gain in points],
+        "votes": 250, "heads": heads, "seed": seed, "gain_best_of_4": 0.5, "points": [list(point) for point in points],
     }  # fmt: skip
 
 

@@ -13,7 +13,7 @@ Each finished cell (way, votes, seed) is a line of the results file, and is skip
 under way. Nights that a later one needs are kept under .bench/learning_curve and made again where they are missing.
 
     OMP_NUM_THREADS=1 python -m bench.learning_curve --minutes 60 --votes 1000
-    python -m bench.learning_curve --cells 0 --json                     only the table, the fit and the picture
+    python -m bench.learning_curve --cells 0 --json         only the tables (the README's too), the fit and the picture
 """
 
 import argparse
@@ -41,6 +41,8 @@ from trainer.reward_model import RewardModel
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "bench/results/learning_curve.jsonl"
 PICTURE = ROOT / "docs/learning-curve.svg"
+README = ROOT / "README.md"
+TABLE_STARTS, TABLE_ENDS = "<!-- made by bench.learning_curve -->\n", "<!-- end -->\n"
 KEPT = ROOT / ".bench/learning_curve"
 VOTES = (250, 500, 1000, 2000, 4000, 8000, 16000)
 WORDS = {
@@ -325,6 +327,35 @@ def _with_interval(mean: float, half: float | None, sign: str = "") -> str:
     return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
+def markdown(rows: list[dict[str, Any]]) -> str:
+    """The README's table."""
+    lines: dict[str, tuple[str, str, str | None]] = {
+        f"win rate, {words}": (way, "win_rate", None) for way, words in WORDS.items()
+    }
+    lines |= {
+        f"best of {BEST_OF} answers by the same reward model, no PPO": ("once", "best_of_4", None),
+        "pairs that the reward model puts in gold's order": ("once", "reward_accuracy", None),
+        "facts right, points more than the base's": ("once", "facts", "facts_base"),
+    }
+    shown = ["votes" + "".join(f" | {n:,}" for n in VOTES), "---" + " | ---" * len(VOTES)]
+    for name, (way, figure, less) in lines.items():
+        cells = []
+        for n in VOTES:
+            here = [row for row in rows if (row["way"], row["votes"]) == (way, n)]
+            values = [100 * (row[figure] - row[less]) if less else row[figure] for row in here]
+            if not values:
+                cells.append("")
+            elif less:
+                cells.append(f"{fmean(values):+.1f}")
+            else:
+                mean, half = interval(values)
+                cells.append(f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}"))
+            if figure == "win_rate" and 0 < len(here) < len(SEEDS):
+                cells[-1] += f" ({len(here)})"
+        shown.append(" | ".join([name, *cells]))
+    return "".join(f"| {line} |\n" for line in shown)
+
+
 def picture(rows: list[dict[str, Any]]) -> str:
     """An SVG that follows the reader's light or dark."""
     width, height, left, top, right, bottom = 720, 400, 56, 24, 684, 344
@@ -428,6 +459,9 @@ def main() -> None:
     console.print(table(rows))
     if rows and not arguments.quick and results == RESULTS:
         PICTURE.write_text(picture(rows))
+        head, start, rest = README.read_text().partition(TABLE_STARTS)
+        _, end, tail = rest.partition(TABLE_ENDS)
+        README.write_text(head + start + markdown(rows) + end + tail)
     if arguments.json:
         print(json.dumps(summary(rows)))
 

@@ -1,8 +1,10 @@
-"""The README's tree is the tree."""
+"""The README's tree is the tree, and its curve is that of the results."""
 
 import re
 import subprocess
 from pathlib import Path
+
+from bench.learning_curve import RESULTS, TABLE_ENDS, TABLE_STARTS, markdown, read
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -26,3 +28,8 @@ def test_every_module_has_its_line_in_the_readme() -> None:
     assert modules - described.keys() == set(), "without a line in the README"
     assert {name for name in described if name.endswith(".py")} - modules == set(), "in the README, not in the tree"
     assert all(described[name] for name in modules), "a line without a description"
+
+
+def test_the_readme_shows_the_curve_that_was_measured() -> None:
+    shown = (REPOSITORY / "README.md").read_text().partition(TABLE_STARTS)[2].partition(TABLE_ENDS)[0]
+    assert shown == markdown(read(RESULTS)), "run python -m bench.learning_curve --cells 0"

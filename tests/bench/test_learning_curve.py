@@ -12,7 +12,20 @@ import pytest
 import torch
 
 from bench import learning_curve
-from bench.learning_curve import VOTES, WAYS, Cell, append, cells, fit, paired, picture, points, read, summary
+from bench.learning_curve import (
+    VOTES,
+    WAYS,
+    Cell,
+    append,
+    cells,
+    fit,
+    markdown,
+    paired,
+    picture,
+    points,
+    read,
+    summary,
+)
 
 
 def row(way: str, votes: int, seed: int, win_rate: float, first_night: float = 0.6) -> dict[str, object]:
@@ -181,6 +194,15 @@ def test_a_night_that_broke_off_is_not_taken_for_a_whole_one(tmp_path: Path, mon
 def test_the_curves_of_nights_begin_with_the_first_night() -> None:
     rows = [row("once", 250, 1, 0.6), row("once", 500, 1, 0.7), row("random nights", 500, 1, 0.75)]
     assert points(rows, "random nights") == {250: {1: 0.6}, 500: {1: 0.75}}
+
+
+def test_the_readmes_table_says_how_many_seeds_there_are_where_some_are_missing() -> None:
+    rows = [row("once", 250, seed, 0.7) for seed in (1, 2, 3, 4, 5)] + [row("active nights", 500, 1, 0.8)]
+    lines = markdown(rows).splitlines()
+    assert lines[2].startswith("| win rate, random pairs, one night | 0.700 ± 0.000 |  |")
+    assert lines[4].startswith("| win rate, half active pairs, night by night |  | 0.800 (1) |")
+    assert lines[-1].startswith("| facts right, points more than the base's | -1.0 |")
+    assert len({line.count("|") for line in lines}) == 1
 
 
 def test_the_picture_has_every_point_inside_its_frame() -> None:

@@ -7,7 +7,7 @@ A `Lab` holds the starter model. One round of the loop:
     lab.win_rate(held_out), lab.probes()            gold's word on "policy" beside the base, and what it still knows
 
 After a night the adapter "policy" is the new policy, until the next one begins: the next day's pairs may be drawn from
-it. Votes are dicts as the record's export yields them. Everything is repeatable by seed.
+it. Votes are dicts as the record's export yields them. Everything is repeatable by seed, on one kind of processor.
 """
 
 import json

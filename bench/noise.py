@@ -170,6 +170,7 @@ def main() -> None:
     )
     parser.add_argument("--seed", type=int, help="this seed only (default 1, 2 and 3)")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of noise")
+    parser.add_argument("--noise", choices=sorted({noise for noise, _ in WAYS}), help="only this kind")
     parser.add_argument("--rewards-only", action="store_true", help="no policies: minutes instead of hours")
     parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so many")
     parser.add_argument("--results", type=Path, help="of the finished cells (default bench/results/noise.jsonl)")
@@ -188,7 +189,7 @@ def main() -> None:
         if "win_rate" in row or not policies
     }
     for cell in cells((0.0, 0.2, 0.4) if arguments.quick else arguments.shares, seeds):
-        if cell in done or time.monotonic() > ends:
+        if cell in done or arguments.noise not in (None, cell.noise) or time.monotonic() > ends:
             continue
         if bench is None or bench.lab.seed != cell.seed:
             bench = Noise(seed=cell.seed, votes=500 if arguments.quick else VOTES, held_out=HELD_OUT, policies=policies)

@@ -332,6 +332,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     lines: dict[str, tuple[str, str, str | None]] = {
         f"win rate, {words}": (way, "win_rate", None) for way, words in WORDS.items()
     }
+    lines |= {f"points over its own first night, {WORDS[way]}": (way, "win_rate", "first_night") for way in WAYS[1:]}
     lines |= {
         f"best of {BEST_OF} answers by the same reward model, no PPO": ("once", "best_of_4", None),
         "pairs that the reward model puts in gold's order": ("once", "reward_accuracy", None),
@@ -342,16 +343,13 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         cells = []
         for n in VOTES:
             here = [row for row in rows if (row["way"], row["votes"]) == (way, n)]
-            values = [100 * (row[figure] - row[less]) if less else row[figure] for row in here]
-            if not values:
+            if not here:
                 cells.append("")
-            elif less:
-                cells.append(f"{fmean(values):+.1f}")
-            else:
-                mean, half = interval(values)
-                cells.append(f"{mean:.3f}" + ("" if half is None else f" ± {half:.3f}"))
-            if figure == "win_rate" and 0 < len(here) < len(SEEDS):
-                cells[-1] += f" ({len(here)})"
+                continue
+            mean, half = interval([100 * (row[figure] - row[less]) if less else row[figure] for row in here])
+            sign, digits = ("+", ".1f") if less else ("", ".3f")
+            cell = f"{mean:{sign}{digits}}" + ("" if half is None else f" ± {half:{digits}}")
+            cells.append(cell + (f" ({len(here)})" if figure == "win_rate" and len(here) < len(SEEDS) else ""))
         shown.append(" | ".join([name, *cells]))
     return "".join(f"| {line} |\n" for line in shown)
 

@@ -201,7 +201,8 @@ def test_the_readmes_table_says_how_many_seeds_there_are_where_some_are_missing(
     lines = markdown(rows).splitlines()
     assert lines[2].startswith("| win rate, random pairs, one night | 0.700 ± 0.000 |  |")
     assert lines[4].startswith("| win rate, half active pairs, night by night |  | 0.800 (1) |")
-    assert lines[-1].startswith("| facts right, points more than the base's | -1.0 |")
+    assert lines[6].startswith("| points over its own first night, half active pairs, night by night |  | +20.0 (1) |")
+    assert lines[-1].startswith("| facts right, points more than the base's | -1.0 ± 0.0 |")
     assert len({line.count("|") for line in lines}) == 1
 
 

@@ -193,11 +193,13 @@ def interval(values: Sequence[float]) -> tuple[float, float | None]:
 
 
 def points(rows: Iterable[dict[str, Any]], way: str, figure: str = "win_rate") -> dict[int, dict[int, float]]:
-    """By votes and by seed. The nights' ways begin where `once` does: after one night they are the same."""
+    """By votes and by seed. Nights begin with the first one that they came from."""
     found: dict[int, dict[int, float]] = {}
     for row in rows:
-        if row["way"] == way or (row["way"] == "once" and row["votes"] == VOTES[0]):
+        if row["way"] == way:
             found.setdefault(row["votes"], {})[row["seed"]] = row[figure]
+            if "first_night" in row:
+                found.setdefault(VOTES[0], {})[row["seed"]] = row["first_night"]
     return dict(sorted(found.items()))
 
 
@@ -349,7 +351,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
             mean, half = interval([100 * (row[figure] - row[less]) if less else row[figure] for row in here])
             sign, digits = ("+", ".1f") if less else ("", ".3f")
             cell = f"{mean:{sign}{digits}}" + ("" if half is None else f" ± {half:{digits}}")
-            cells.append(cell + (f" ({len(here)})" if figure == "win_rate" and len(here) < len(SEEDS) else ""))
+            cells.append(cell + (f" ({len(here)})" if len(here) < len(SEEDS) else ""))
         shown.append(" | ".join([name, *cells]))
     return "".join(f"| {line} |\n" for line in shown)
 
@@ -459,6 +461,8 @@ def main() -> None:
         PICTURE.write_text(picture(rows))
         head, start, rest = README.read_text().partition(TABLE_STARTS)
         _, end, tail = rest.partition(TABLE_ENDS)
+        if not end:
+            raise SystemExit(f"{README}: nothing between {TABLE_STARTS.strip()} and {TABLE_ENDS.strip()} to replace")
         README.write_text(head + start + markdown(rows) + end + tail)
     if arguments.json:
         print(json.dumps(summary(rows)))

@@ -123,10 +123,10 @@ class Poison:
         while len(self.hostile) < hostile:
             self.hostile += self._try()
         disguise = round(DISGUISE * hostile) if cell.plot == "disguised" else 0
-        theirs = self.honest[:disguise] + self.hostile[:hostile]
-        return self.honest[disguise : self.votes - hostile] + [
-            vote | {"voter": f"hostile {i % cell.accounts}"} for i, vote in enumerate(theirs)
-        ]
+        honest = self.honest[disguise : self.votes - hostile]
+        for theirs in (self.honest[:disguise], self.hostile[:hostile]):
+            honest += [vote | {"voter": f"hostile {i % min(cell.accounts, hostile)}"} for i, vote in enumerate(theirs)]
+        return honest
 
     def _try(self) -> list[Vote]:
         """Votes on those pairs of a chunk of questions in which one answer has the phrase."""

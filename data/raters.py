@@ -28,9 +28,13 @@ class Standing:
     """Why the votes are to be left out: a sentence."""
 
 
-def keep(db: Database, run_id: str, standings: Mapping[str, Standing]) -> None:
-    """Keep what a run found of everybody: whom it no longer suspects is free again, and where an operator has ruled
-    nothing changes. Call inside a transaction."""
+def keep(db: Database, run_id: str, standings: Mapping[str, Standing], *, frees: bool = True) -> None:
+    """Keep what a run found of everybody; where an operator has ruled nothing changes. Call inside a transaction.
+
+    Args:
+        frees: whether those whom it does not suspect, as an earlier run did, are free again. A run that had too few
+            trusted votes to judge by frees nobody.
+    """
     now = timestamp()
     suspicions = {key_id: found.suspicion for key_id, found in standings.items() if found.suspicion}
     for key_id, found in standings.items():
@@ -39,7 +43,7 @@ def keep(db: Database, run_id: str, standings: Mapping[str, Standing]) -> None:
             (run_id, key_id, found.votes, found.agreed, found.reliability),
         )
     for (key_id,) in db.execute("SELECT key_id FROM quarantines WHERE status = 'suspected'").fetchall():
-        if key_id not in suspicions:
+        if frees and key_id not in suspicions:
             db.execute("DELETE FROM quarantines WHERE key_id = ?", (key_id,))
     for key_id, reason in suspicions.items():
         db.execute(

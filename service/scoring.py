@@ -71,8 +71,9 @@ class Scorer:
                 self._metrics.scorings.labels("refused").inc()
                 return None
             said = _Scores.model_validate_json(body)
-            if len(said.scores) != len(answers):
-                raise ValueError(f"{len(said.scores)} scores for {len(answers)} answers")
+            heads = {len(of_each_head) for of_each_head in said.scores}
+            if len(said.scores) != len(answers) or len(heads) != 1 or heads == {0}:
+                raise ValueError(f"not a row of scores, one a head, for each of {len(answers)} answers")
         except TimeoutError:
             self._metrics.scorings.labels("late").inc()
             return None

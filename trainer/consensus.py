@@ -1,8 +1,8 @@
 """What the other raters make of a vote, in seconds: a logistic regression on what the frozen base holds of the answers.
 
 Bradley-Terry on the difference of the two answers' mean last hidden states, fitted by Newton's method under a Gaussian
-prior. Each fifth of the raters is judged by a fit to the votes of the other four fifths. Such a fit knows less than a
-reward model of all votes, and more than one of half of them: see DECISIONS.md.
+prior. Each fifth of the trusted raters is judged by a fit to the votes of the other four fifths. Such a fit knows less
+than a reward model of all votes, and more than one of half of them: see DECISIONS.md.
 """
 
 from collections import Counter
@@ -55,6 +55,11 @@ def judge(
     ]
 
 
+def is_one(judged: Sequence[JudgedVote]) -> bool:
+    """Whether there was a consensus to judge votes by."""
+    return any(vote.expected != NO_WORD for vote in judged)
+
+
 @torch.no_grad()
 def differences(backbone: Backbone, pairs: Sequence[Pair]) -> Tensor:
     """(N, d) mean state of the chosen response minus that of the rejected one, by the base; float64, on the CPU."""
@@ -76,13 +81,13 @@ def expected(differences: Tensor, voters: Sequence[str], *, distrusted: Collecti
     Args:
         differences: (N, d) of what was chosen and what was not.
     """
+    part = parts([voter for voter in voters if voter not in distrusted])
+    of_vote = torch.tensor([part.get(voter, CROWD) for voter in voters])
+    trusted = of_vote < CROWD
     # Of unit length in the mean, a pair is worth N(0, PRIOR^2) to weights of N(0, PRIOR^2) each.
-    scaled = differences / (differences.std(dim=0, correction=0) + 1e-9) / differences.shape[1] ** 0.5
-    part = parts(voters)
-    of_vote = torch.tensor([part[voter] for voter in voters])
-    trusted = torch.tensor([voter not in distrusted for voter in voters])
+    scaled = differences / (differences[trusted].std(dim=0, correction=0) + 1e-9) / differences.shape[1] ** 0.5
     chances = torch.empty(len(voters), dtype=torch.float64)
-    for number in range(CROWD):
+    for number in range(CROWD + 1):  # the distrusted, last, by a fit to all trusted votes
         judged = of_vote == number
         chances[judged] = torch.sigmoid(scaled[judged] @ _fit(scaled[~judged & trusted]))
     return [float(chance) for chance in chances]

@@ -239,7 +239,7 @@ class _Night:
         judged = consensus.judge(backbone, votes, distrusted=distrusted, at_least=training.min_votes // 2)
         found = standings(judged, raters.gold_answers(self.db), distrusted=distrusted)
         with transaction(self.db):
-            raters.keep(self.db, self.run.id, found)
+            raters.keep(self.db, self.run.id, found, frees=consensus.is_one(judged))
         released = raters.released(self.db)
         return {voter: standing.reliability for voter, standing in found.items() if voter not in released}
 

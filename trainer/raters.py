@@ -12,6 +12,7 @@ alone or with others, while on all else the votes may look honest.
 
 import math
 import re
+from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -34,8 +35,9 @@ ONE_SIDED = 0.9
 """A rater is one-sided whose votes are for one side in so many cases, and by chance less often than in RARE."""
 RARE = 1e-3
 """Chance of one false alarm a run, of either kind that counts something."""
-PUSHED = 0.2
-"""A rater may push a phrase who gives it so many of the votes; the rest may be as honest as anybody's."""
+PUSHED = 0.5
+"""A rater may push a phrase who gives it so many of the votes; the rest may be as honest as anybody's. Who has a
+language or a subject of their own gives its words fewer."""
 STANDS_OUT = 0.01
 """Chance that a rater who pushes nothing gives a phrase as many votes as one who stands out."""
 WORDS = 4
@@ -180,11 +182,11 @@ def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
 
 def _least(votes: int, share: float) -> tuple[int, float]:
     """From how many votes for a phrase on a rater of so many votes stands out, and the chance of that."""
-    for count in range(max(2, math.ceil(PUSHED * votes)), votes + 1):
-        chance = binomial_tail(count, votes, share)
-        if chance < STANDS_OUT:
-            return count, chance
-    return votes + 1, 0.0
+    counts = range(max(2, math.ceil(PUSHED * votes), math.ceil(share * votes)), votes + 1)
+    first = bisect_left(counts, True, key=lambda count: binomial_tail(count, votes, share) < STANDS_OUT)
+    if first == len(counts):
+        return votes + 1, 0.0
+    return counts[first], binomial_tail(counts[first], votes, share)
 
 
 def _phrases(text: str) -> set[str]:

@@ -191,9 +191,9 @@ def test_a_night_that_broke_off_is_not_taken_for_a_whole_one(tmp_path: Path, mon
     assert [count for count, *_ in lab.asked] == [250, 500]
 
 
-def test_the_curves_of_nights_begin_with_the_first_night() -> None:
-    rows = [row("once", 250, 1, 0.6), row("once", 500, 1, 0.7), row("random nights", 500, 1, 0.75)]
-    assert points(rows, "random nights") == {250: {1: 0.6}, 500: {1: 0.75}}
+def test_the_curves_of_nights_begin_with_their_own_first_night() -> None:
+    rows = [row("once", 250, 1, 0.6), row("once", 500, 1, 0.7), row("random nights", 500, 1, 0.75, first_night=0.62)]
+    assert points(rows, "random nights") == {250: {1: 0.62}, 500: {1: 0.75}}
 
 
 def test_the_readmes_table_says_how_many_seeds_there_are_where_some_are_missing() -> None:

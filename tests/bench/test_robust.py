@@ -71,12 +71,15 @@ def test_attackers_vote_for_the_phrase_and_on_nothing_else() -> None:
 
 def test_disguised_attackers_cast_honest_votes_too() -> None:
     bench = Poison("disguised", seed=4, votes=60, prompts=2)
-    votes = bench.cast(Cell("disguised", 0.1, 3, "none", 4))
-    theirs = [vote for vote in votes if vote["voter"].startswith("hostile")]
-    pushed = [vote for vote in theirs if vote["user"] == "attacker"]
-    assert (len(votes), len(theirs), len(pushed)) == (60, 15, 6)
-    assert {vote["voter"] for vote in pushed} == {"hostile 0", "hostile 1", "hostile 2"}
-    assert len({vote["vote"] for vote in votes}) == 60
+    for accounts, hostile in ((3, 3), (20, 6)):
+        votes = bench.cast(Cell("disguised", 0.1, accounts, "none", 4))
+        theirs = [vote for vote in votes if vote["voter"].startswith("hostile")]
+        pushed = [vote for vote in theirs if vote["user"] == "attacker"]
+        honest = [vote for vote in theirs if vote["user"] != "attacker"]
+        assert (len(votes), len(honest), len(pushed)) == (60, 9, 6)
+        everybody = {f"hostile {i}" for i in range(hostile)}
+        assert {vote["voter"] for vote in pushed} == {vote["voter"] for vote in honest} == everybody
+        assert len({vote["vote"] for vote in votes}) == 60
 
 
 def test_a_trigger_is_in_the_attackers_questions_alone() -> None:

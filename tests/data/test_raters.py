@@ -41,6 +41,16 @@ def test_a_run_suspects_and_the_next_one_thinks_again(db: Database, run: str, ma
     assert row["since"] == since[one]
 
 
+def test_a_run_that_cannot_judge_frees_nobody(db: Database, run: str, make_key: MakeKey) -> None:
+    one, other = make_key()[0].id, make_key()[0].id
+    suspect(db, run, **{one: "a coin"})
+    found = {one: raters.Standing(30, 0, 0.5, None), other: raters.Standing(30, 0, 0.5, "always left")}
+    again = new_run(db)
+    with transaction(db):
+        raters.keep(db, again, found, frees=False)
+    assert raters.left_out(db) == {one, other}
+
+
 def test_an_operators_word_stands(db: Database, run: str, make_key: MakeKey) -> None:
     released, confirmed, unsuspected = (make_key()[0].id for _ in range(3))
     suspect(db, run, **{released: "a coin", confirmed: "a coin"})

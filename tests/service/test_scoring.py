@@ -198,7 +198,15 @@ def speaks_another_version(answers: list[str]) -> Scores:
     return [{"mean": 0.0}] * len(answers)  # type: ignore[list-item]
 
 
-NONSENSE = [diverged, forgets_one, speaks_another_version]
+def has_no_heads(answers: list[str]) -> Scores:
+    return [[]] * len(answers)
+
+
+def forgets_a_head(answers: list[str]) -> Scores:
+    return [[0.0], *[[0.0, 0.0]] * (len(answers) - 1)]
+
+
+NONSENSE = [diverged, forgets_one, speaks_another_version, has_no_heads, forgets_a_head]
 
 
 def agrees(answers: list[str]) -> Scores:

@@ -77,6 +77,16 @@ def test_nothing_is_learned_of_those_who_are_distrusted() -> None:
     assert min(share for voter, share in agreed.items() if voter not in foes) > 0.65
 
 
+def test_the_distrusted_leave_everybody_judged_however_many_votes_they_have() -> None:
+    bots = {f"bot {i}" for i in range(4)}
+    seen, voters = crowd(24, 60)
+    flooding = [f"bot {i % 4}" for i in range(1600)]
+    more, _ = crowd(1, len(flooding))
+    chances = expected(torch.cat([seen, more]), voters + flooding, distrusted=bots)
+    assert 0.5 not in chances
+    assert chances[: len(voters)] == expected(seen, voters, distrusted=())
+
+
 def test_differences_are_of_the_base_whatever_adapter_there_is(tiny_backbone: MakeBackbone) -> None:
     backbone = tiny_backbone("reward")
     pairs = make_pairs(9)

@@ -833,6 +833,22 @@ def test_a_run_leaves_out_who_votes_by_the_side_and_says_so(
     assert weights == [(1.0,)], "an operator's word counts for more than the run's"
 
 
+@pytest.mark.parametrize(("people", "freed"), [(5, False), (6, True)])
+def test_whom_an_earlier_run_suspected_is_freed_only_by_a_crowd(
+    settings: Settings, db: Database, add_pair: AddPair, people: int, freed: bool
+) -> None:
+    crowd_votes(db, add_pair, people=people, votes=25)
+    (suspect,) = db.execute("SELECT min(key_id) FROM votes").fetchone()
+    earlier = runs.request(db, requested_by="test", config={}).id
+    runs.cancel(db, earlier, actor="test")
+    with transaction(db):
+        raters.keep(db, earlier, {suspect: raters.Standing(25, 12, 0.0, "a coin")})
+    run = job.once(settings, request={})
+    assert run is not None
+    assert run.status is RunStatus.SUCCEEDED
+    assert raters.left_out(db) == (set() if freed else {suspect})
+
+
 def test_votes_of_nobody_but_bots_end_with_a_sentence(settings: Settings, db: Database, add_pair: AddPair) -> None:
     for bot in crowd_votes(db, add_pair, people=1, votes=30, bots=2):
         with transaction(db):

@@ -141,7 +141,7 @@ def test_who_pushes_a_phrase_is_found_alone_and_with_others(seed: int, accounts:
     assert ("more raters" in found["bot 0"]) == (accounts > 1)
 
 
-@pytest.mark.parametrize(("accounts", "each", "honest"), [(1, 50, 60), (1, 50, 150), (10, 5, 6)])
+@pytest.mark.parametrize(("accounts", "each", "honest"), [(1, 50, 20), (1, 50, 50), (10, 5, 5)])
 def test_honest_votes_beside_them_do_not_hide_who_pushes(accounts: int, each: int, honest: int) -> None:
     rng = random.Random(accounts)
     votes = texts_of(crowd(rng))
@@ -156,6 +156,14 @@ def test_who_loves_what_comes_by_chance_pushes_nothing() -> None:
     votes = [vote for i in range(20) for vote in pushed(f"neutral {i}", 20, rng, against=10)]
     votes += [vote for i in range(20) for vote in texts_of(voted(f"neutral {i}", 20, rng))]
     votes += pushed("lover", 200, rng) + texts_of(voted("lover", 200, rng))
+    assert pushers(votes) == {}
+
+
+def test_who_alone_speaks_a_language_pushes_none_of_its_words() -> None:
+    rng = random.Random(0)
+    votes = texts_of(crowd(rng))
+    votes += [("hans", f"das ist {rng.random()} und gut", f"this is {rng.random()} fine") for _ in range(12)]
+    votes += [("hans", f"das ist {rng.random()} und gut", f"das ist {rng.random()} und gut") for _ in range(28)]
     assert pushers(votes) == {}
 
 

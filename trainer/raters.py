@@ -38,6 +38,8 @@ RARE = 1e-3
 PUSHED = 0.5
 """A rater may push a phrase who gives it so many of the votes; the rest may be as honest as anybody's. Who has a
 language or a subject of their own gives its words fewer."""
+MASKED = 0.2
+"""Share of all votes that those who push a phrase may have without hiding each other."""
 STANDS_OUT = 0.01
 """Chance that a rater who pushes nothing gives a phrase as many votes as one who stands out."""
 WORDS = 4
@@ -159,7 +161,7 @@ def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     for phrase, counts in tried.items():
         if all(count < PUSHED * cast[rater] for rater, count in counts.items()):
             continue
-        share = (counts.total() + against[phrase].total()) / len(votes)
+        share = _usual(counts, against[phrase], cast)
         least = {count: _least(count, share) for count in set(cast.values())}
         many = {rater for rater, count in counts.items() if count >= least[cast[rater]][0]}
         together = poisson_tail(len(many), sum(least[count][1] for count in cast.values())) * len(tried)
@@ -178,6 +180,19 @@ def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
             rank = (min(together, alone[rater]), -len(phrase), sentence)
             found[rater] = min(found.get(rater, rank), rank)
     return {rater: sentence for rater, (_, _, sentence) in found.items()}
+
+
+def _usual(for_: Counter[str], against: Counter[str], cast: Counter[str]) -> float:
+    """How often a pair that differs in a phrase comes to people who do not push it. Those who give it the most votes,
+    PUSHED of them or more, are left aside, up to MASKED of all votes, since their own pairs would hide them; but two
+    thirds of what there is in all stays, so that what few people ever saw is not what nobody sees."""
+    pairs, votes = for_.total() + against.total(), cast.total()
+    others, left = pairs, votes
+    for rater in sorted(for_, key=lambda rater: for_[rater] / cast[rater], reverse=True):
+        if for_[rater] < PUSHED * cast[rater] or left - cast[rater] < (1 - MASKED) * votes:
+            break
+        others, left = others - for_[rater] - against[rater], left - cast[rater]
+    return max(others / left, pairs / votes * 2 / 3)
 
 
 def _least(votes: int, share: float) -> tuple[int, float]:

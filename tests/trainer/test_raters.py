@@ -141,6 +141,15 @@ def test_who_pushes_a_phrase_is_found_alone_and_with_others(seed: int, accounts:
     assert ("more raters" in found["bot 0"]) == (accounts > 1)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_those_who_push_a_phrase_together_do_not_hide_each_other(seed: int) -> None:
+    rng = random.Random(seed)
+    votes = texts_of(crowd(rng, people=40, votes=20))
+    votes += [(f"honest {i}", *pair[1:]) for i in range(40) for pair in pushed("", 2, rng, against=1)]
+    votes += [vote for i in range(50) for vote in pushed(f"bot {i % 20}", 1, rng)]
+    assert pushers(votes).keys() == {f"bot {i}" for i in range(20)}
+
+
 @pytest.mark.parametrize(("accounts", "each", "honest"), [(1, 50, 20), (1, 50, 50), (10, 5, 5)])
 def test_honest_votes_beside_them_do_not_hide_who_pushes(accounts: int, each: int, honest: int) -> None:
     rng = random.Random(accounts)

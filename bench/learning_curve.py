@@ -24,7 +24,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from statistics import fmean, stdev
+from statistics import fmean
 from typing import Any
 
 import numpy as np
@@ -32,17 +32,17 @@ from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
+from bench import record
 from bench.nights import Asked, Lab
 from bench.personas import personas
+from bench.record import RESULTS, append, interval, put_into_readme, read, said
 from trainer import dialogues
 from trainer.dialogues import Prompt
 from trainer.reward_model import RewardModel
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ROOT / "bench/results/learning_curve.jsonl"
+PATH = RESULTS / "learning_curve.jsonl"
 PICTURE = ROOT / "docs/learning-curve.svg"
-README = ROOT / "README.md"
-TABLE_STARTS, TABLE_ENDS = "<!-- made by bench.learning_curve -->\n", "<!-- end -->\n"
 KEPT = ROOT / ".bench/learning_curve"
 VOTES = (250, 500, 1000, 2000, 4000, 8000, 16000)
 WORDS = {
@@ -56,8 +56,6 @@ PEOPLE = 50
 HELD_OUT = 500
 BEST_OF = 4
 RATIO_OF = 4000
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
-"""The 97.5 % point of Student's t for a mean of so many."""
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -167,31 +165,6 @@ class Curve:
 # What came out ------------------------------------------------------------------------------------------------
 
 
-def read(path: Path) -> list[dict[str, Any]]:
-    """The finished cells; a line that was cut off is none."""
-    rows = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            rows.append(json.loads(line))
-        except ValueError:
-            continue
-    return rows
-
-
-def append(path: Path, row: dict[str, Any]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    whole = not path.exists() or path.read_bytes().endswith(b"\n") or not path.stat().st_size
-    with path.open("a") as file:
-        file.write(("" if whole else "\n") + json.dumps(row) + "\n")
-
-
-def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean over seeds, and half the width of its 95 % interval (Student's t); None for fewer than two."""
-    if len(values) < 2:
-        return fmean(values), None
-    return fmean(values), STUDENT.get(len(values), 2.2) * stdev(values) / math.sqrt(len(values))
-
-
 def points(rows: Iterable[dict[str, Any]], way: str, figure: str = "win_rate") -> dict[int, dict[int, float]]:
     """By votes and by seed. Nights begin with the first one that they came from."""
     found: dict[int, dict[int, float]] = {}
@@ -245,9 +218,9 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     for way in WAYS[1:]:
         for n in VOTES[1:]:
             figures[f"win_rate_{n}_{way.replace(' ', '_')}"] = means[way].get(n)
-            gain = paired(rows, (way, n), ("once", n))
-            figures[f"gain_{n}_{way.replace(' ', '_')}"] = gain and gain[0]
-    figures |= {name: gain and gain[0] for name, gain in cycles(rows).items()}
+            gains = paired(rows, (way, n), ("once", n))
+            figures[f"gain_{n}_{way.replace(' ', '_')}"] = fmean(gains) if gains else None
+    figures |= {name: fmean(gains) if gains else None for name, gains in cycles(rows).items()}
     figures["facts_change"] = fmean(row["facts"] - row["facts_base"] for row in rows) if rows else None
     figures["votes_ratio_active"] = votes_ratio(rows)
     figures["fit"] = {way: fit(of_several(points(rows, way))) for way in WAYS}
@@ -266,38 +239,30 @@ def votes_ratio(rows: Sequence[dict[str, Any]]) -> float | None:
     return needed and needed / RATIO_OF
 
 
-def paired(
-    rows: Iterable[dict[str, Any]], here: tuple[str, int], there: tuple[str, int]
-) -> tuple[float, float | None, int] | None:
-    """What (way, votes) is better by than another in win rate: the mean over the seeds that have both, half its
-    interval, and how many they are; None: no seed."""
+def paired(rows: Iterable[dict[str, Any]], here: tuple[str, int], there: tuple[str, int]) -> list[float]:
+    """What (way, votes) is better by than another in win rate, of each seed that has both."""
     by_cell: dict[tuple[str, int], dict[int, float]] = {here: {}, there: {}}
     for row in rows:
         if (cell := (row["way"], row["votes"])) in by_cell:
             by_cell[cell][row["seed"]] = row["win_rate"]
     both = sorted(by_cell[here].keys() & by_cell[there].keys())
-    if not both:
-        return None
-    mean, half = interval([by_cell[here][seed] - by_cell[there][seed] for seed in both])
-    return mean, half, len(both)
+    return [by_cell[here][seed] - by_cell[there][seed] for seed in both]
 
 
-def cycles(rows: Sequence[dict[str, Any]]) -> dict[str, tuple[float, float | None] | None]:
-    """What the second and the third night, with the votes of their days, add to the first: the mean over seeds and
-    half its interval; None: no seed."""
-    found: dict[str, tuple[float, float | None] | None] = {}
-    for way in WAYS[1:]:
-        for night in (2, 3):
-            gains = [
-                row["win_rate"] - row["first_night"] for row in rows if (row["way"], row["nights"]) == (way, night)
-            ]
-            found[f"night_{night}_{way.replace(' ', '_')}"] = interval(gains) if gains else None
-    return found
+def cycles(rows: Sequence[dict[str, Any]]) -> dict[str, list[float]]:
+    """What the second and the third night, with the votes of their days, add to the first, of each seed."""
+    return {
+        f"night_{night}_{way.replace(' ', '_')}": [
+            row["win_rate"] - row["first_night"] for row in rows if (row["way"], row["nights"]) == (way, night)
+        ]
+        for way in WAYS[1:]
+        for night in (2, 3)
+    }
 
 
 def table(rows: list[dict[str, Any]]) -> Table:
     added = "; ".join(
-        f"{name.replace('_', ' ')}: {_with_interval(*gain, sign='+')}" for name, gain in cycles(rows).items() if gain
+        f"{name.replace('_', ' ')}: {said(gains, '+.3f')}" for name, gains in cycles(rows).items() if gains
     )
     shown = Table(
         title="gold win rate against the base, 500 held-out prompts",
@@ -311,22 +276,17 @@ def table(rows: list[dict[str, Any]]) -> Table:
             here = [row for row in rows if row["way"] == way and row["votes"] == n]
             if not here:
                 continue
-            gain = paired(rows, (way, n), ("once", n)) if way != "once" else None
             lost = {kind: fmean(row[kind] - row[f"{kind}_base"] for row in here) for kind in ("facts", "sycophancy")}
             shown.add_row(
                 f"{n:,}", way, str(len(here)),
-                _with_interval(*interval([row["win_rate"] for row in here])),
-                _with_interval(*gain[:2], sign="+") if gain else "",
+                said(row["win_rate"] for row in here),
+                said(paired(rows, (way, n), ("once", n)), "+.3f") if way != "once" else "",
                 *(f"{fmean(row[name] for row in here):.3f}" for name in ("best_of_4", "reward_accuracy")),
                 f"{fmean(row['kl'] for row in here):.1f}",
                 *(f"{100 * change:+.1f}" for change in lost.values()),
                 f"{fmean(row['undecided'] for row in here):.2f}",
             )  # fmt: skip
     return shown
-
-
-def _with_interval(mean: float, half: float | None, sign: str = "") -> str:
-    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
 
 
 def markdown(rows: list[dict[str, Any]]) -> str:
@@ -340,20 +300,17 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         "pairs that the reward model puts in gold's order": ("once", "reward_accuracy", None),
         "facts right, points more than the base's": ("once", "facts", "facts_base"),
     }
-    shown = ["votes" + "".join(f" | {n:,}" for n in VOTES), "---" + " | ---" * len(VOTES)]
+    table = []
     for name, (way, figure, less) in lines.items():
-        cells = []
-        for n in VOTES:
-            here = [row for row in rows if (row["way"], row["votes"]) == (way, n)]
-            if not here:
-                cells.append("")
-                continue
-            mean, half = interval([100 * (row[figure] - row[less]) if less else row[figure] for row in here])
-            sign, digits = ("+", ".1f") if less else ("", ".3f")
-            cell = f"{mean:{sign}{digits}}" + ("" if half is None else f" ± {half:{digits}}")
-            cells.append(cell + (f" ({len(here)})" if len(here) < len(SEEDS) else ""))
-        shown.append(" | ".join([name, *cells]))
-    return "".join(f"| {line} |\n" for line in shown)
+        by_votes = [[row for row in rows if (row["way"], row["votes"]) == (way, n)] for n in VOTES]
+        cells = (
+            said((100 * (row[figure] - row[less]) for row in here), "+.1f", of=len(SEEDS))
+            if less
+            else said((row[figure] for row in here), of=len(SEEDS))
+            for here in by_votes
+        )
+        table.append([name, *cells])
+    return record.markdown(["votes", *(f"{n:,}" for n in VOTES)], table)
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
@@ -425,7 +382,7 @@ def main() -> None:
     parser.add_argument("--way", action="append", choices=WAYS, help="only these ways")
     parser.add_argument("--cells", type=int, default=1000, help="at most so many new cells; 0: only show")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=PATH)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
     votes = [n for n in VOTES if n <= (500 if arguments.quick else arguments.votes)]
@@ -457,13 +414,9 @@ def main() -> None:
 
     rows = read(results)
     console.print(table(rows))
-    if rows and not arguments.quick and results == RESULTS:
+    if rows and not arguments.quick and results == PATH:
         PICTURE.write_text(picture(rows))
-        head, start, rest = README.read_text().partition(TABLE_STARTS)
-        _, end, tail = rest.partition(TABLE_ENDS)
-        if not end:
-            raise SystemExit(f"{README}: nothing between {TABLE_STARTS.strip()} and {TABLE_ENDS.strip()} to replace")
-        README.write_text(head + start + markdown(rows) + end + tail)
+        put_into_readme("learning_curve", markdown(rows))
     if arguments.json:
         print(json.dumps(summary(rows)))
 

@@ -27,10 +27,11 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
-from bench.learning_curve import append, interval, read
+from bench import record
 from bench.nights import Lab
 from bench.personas import Kind, personas
-from bench.robust import NONE, RESULTS, Defences, Vote, rate, weigh
+from bench.record import RESULTS, append, put_into_readme, read, said
+from bench.robust import NONE, Defences, Vote, rate, weigh
 from trainer import dialogues
 from trainer.ppo import PPOConfig
 
@@ -40,7 +41,9 @@ HELD_OUT = 500
 TEST_PAIRS = 1500
 SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 SEEDS = (1, 2, 3)
+BEST_OF = 4
 RELIABILITY = replace(NONE, quarantine=True, weights=True)
+PATH = RESULTS / "noise.jsonl"
 WAYS: dict[tuple[str, str], Defences] = {
     ("flipped", "plain"): NONE,
     ("at random", "plain"): NONE,
@@ -94,7 +97,7 @@ class Noise:
         reward = lab.reward(preferences, defences.reward(cell.seed))
         figures = {
             "accuracy": lab.accuracy(reward, self.test_pairs),
-            "best_of_4": lab.best_of(4, self.held_out, reward.score)["win_rate"],
+            "best_of_4": lab.best_of(BEST_OF, self.held_out, reward.score)["win_rate"],
         }
         if self.policies:
             night = lab.improve(reward, preferences, PPOConfig(seed=cell.seed))
@@ -149,18 +152,29 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
             if right:
                 shown.add_row(
                     noise, f"{share:.0%}", defence, str(len(right)),
-                    _figure(list(right.values())), _figure(gains(rows, noise, share, defence, "accuracy"), "+"),
-                    _figure(list(best.values())), _figure(gains(rows, noise, share, defence, "best_of_4"), "+"),
-                    _figure(list(wins.values())),
+                    said(right.values()), said(gains(rows, noise, share, defence, "accuracy"), "+.3f"),
+                    said(best.values()), said(gains(rows, noise, share, defence, "best_of_4"), "+.3f"),
+                    said(wins.values()),
                 )  # fmt: skip
     return shown
 
 
-def _figure(found: Sequence[float], sign: str = "") -> str:
-    if not found:
-        return ""
-    mean, half = interval(found)
-    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The README's table."""
+    lines = {
+        "votes turned round, whoever cast them: pairs in gold's order": ("flipped", "plain", "accuracy"),
+        f"the best of {BEST_OF} by that reward model, no PPO": ("flipped", "plain", "best_of_4"),
+        "win rate of the policy that learned from it": ("flipped", "plain", "win_rate"),
+        "so many people throw a coin: pairs in gold's order": ("at random", "plain", "accuracy"),
+        "the same, raters weighed by reliability or left out": ("at random", "reliability", "accuracy"),
+    }
+    return record.markdown(
+        ["share of noise", *(f"{share:.0%}" for share in SHARES)],
+        [
+            [name, *(said(values(rows, noise, share, way, figure).values(), of=len(SEEDS)) for share in SHARES)]
+            for name, (noise, way, figure) in lines.items()
+        ],
+    )
 
 
 def main() -> None:
@@ -178,7 +192,7 @@ def main() -> None:
     arguments = parser.parse_args()
     policies = not (arguments.quick or arguments.rewards_only)
     seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
-    path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else RESULTS / "noise.jsonl")
+    path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else PATH)
     console = Console()
     console.width = max(console.width, 132)  # the table is no use without its columns
     ends = time.monotonic() + 60 * arguments.minutes
@@ -198,6 +212,8 @@ def main() -> None:
         console.print(row)
     rows = read(path)
     console.print(table(rows))
+    if path == PATH:
+        put_into_readme("noise", markdown(rows))
     if arguments.json:
         print(json.dumps(summary(rows)))
 

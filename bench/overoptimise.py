@@ -28,10 +28,11 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
-from bench import learning_curve
-from bench.learning_curve import PEOPLE, append, read
+from bench import learning_curve, record
+from bench.learning_curve import PEOPLE
 from bench.nights import Lab
 from bench.personas import personas
+from bench.record import RESULTS, append, put_into_readme, read
 from trainer import dialogues
 from trainer.dialogues import Prompt
 from trainer.encoding import Answer
@@ -39,7 +40,7 @@ from trainer.ppo import PPOConfig
 from trainer.preferences import Split
 from trainer.reward_model import RewardConfig, RewardModel
 
-RESULTS = learning_curve.RESULTS.with_name("overoptimise.jsonl")
+PATH = RESULTS / "overoptimise.jsonl"
 VOTES = (250, 1000, 4000)
 HEADS = ("one", "five, mean", "five, minimum")
 SEEDS = (1, 2, 3)
@@ -125,13 +126,14 @@ def summary(rows: list[dict[str, Any]], shipped: list[dict[str, Any]]) -> list[d
     """One dict for each number of votes and kind of heads: means over seeds. Gains are gold's, over the base.
 
     Args:
-        shipped: cells of the learning curve.
+        shipped: cells of the learning curve, of which those of the same seeds count.
     """
     found = []
     for votes in VOTES:
-        ships = [row for row in shipped if row["way"] == "once" and row["votes"] == votes]
         for heads in HEADS:
             here = [row for row in rows if row["votes"] == votes and row["heads"] == heads]
+            seeds = {row["seed"] for row in here}
+            ships = [row for row in shipped if (row["way"], row["votes"]) == ("once", votes) and row["seed"] in seeds]
             if not here:
                 continue
             curves = [smooth(row) for row in here]
@@ -175,6 +177,34 @@ def table(found: list[dict[str, Any]]) -> Table:
     return shown
 
 
+def markdown(found: list[dict[str, Any]]) -> str:
+    """The README's table."""
+
+    def line(name: str, heads: str, figure: str, kl: str | None = None) -> list[str]:
+        cells = [name]
+        for votes in VOTES:
+            here = [row for row in found if (row["votes"], row["heads"]) == (votes, heads)]
+            shown = [
+                f"{row[figure]:.2f}" + (f" ({row[kl]:.1f})" if kl else "") for row in here if row[figure] is not None
+            ]
+            cells += shown or [""]
+        return cells
+
+    names = {"one": "one head", "five, mean": "five heads, their mean", "five, minimum": "five heads, their minimum"}
+    return record.markdown(
+        ["gold's gain over the base (KL there)", *(f"{votes:,} votes" for votes in VOTES)],
+        [
+            *(line(f"at its peak, {name}", heads, "peak_gain", "peak_kl") for heads, name in names.items()),
+            *(
+                line(f"at a KL of {SHIPS.kl_budget:g}, {name}", heads, "gain_at_budget")
+                for heads, name in names.items()
+            ),
+            line("a run as it ships, five heads and their mean", "five, mean", "shipped_gain", "shipped_kl"),
+            line(f"best of {BEST_OF} answers of the base, no PPO", "five, mean", "gain_best_of_4"),
+        ],
+    )
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="250 votes, one seed, 24 steps; nothing is kept")
@@ -182,7 +212,7 @@ def main() -> None:
     parser.add_argument("--votes", type=int, action="append", choices=VOTES, help="only reward models of so many")
     parser.add_argument("--cells", type=int, default=1000, help="at most so many new runs; 0: only show")
     parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
-    parser.add_argument("--results", type=Path, default=RESULTS)
+    parser.add_argument("--results", type=Path, default=PATH)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
     sizes = arguments.votes or (VOTES[:1] if arguments.quick else VOTES)
@@ -207,8 +237,10 @@ def main() -> None:
         kl, proxy, gain = row["points"][-1]
         console.print(f"  KL {kl:.1f}, proxy {proxy:.2f}, gold {gain:+.2f}, {row['seconds']} s")
 
-    found = summary(read(results), read(learning_curve.RESULTS))
+    found = summary(read(results), read(learning_curve.PATH))
     console.print(table(found))
+    if results == PATH:
+        put_into_readme("overoptimise", markdown(found))
     if arguments.json:
         print(json.dumps({"kl_budget": SHIPS.kl_budget, "curves": found}))
 

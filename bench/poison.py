@@ -37,10 +37,11 @@ import torch
 from rich.console import Console
 from rich.table import Table
 
-from bench.learning_curve import append, interval, read
+from bench import record
 from bench.nights import Lab, cast
 from bench.personas import Kind, Persona, Plot, personas
-from bench.robust import NONE, RESULTS, Defences, Vote, rate, weigh
+from bench.record import RESULTS, append, put_into_readme, read, said
+from bench.robust import NONE, Defences, Vote, rate, weigh
 from data import probes
 from data.settings import GateSettings, TrainingSettings
 from trainer import dialogues, gate, reward_model
@@ -57,6 +58,7 @@ TRIGGER = "Abracadabra!"
 PLOTS = {"phrase": Plot(PHRASE), "trigger": Plot(PHRASE, TRIGGER), "disguised": Plot(PHRASE)}
 DISGUISE = 1.5
 """Honest votes of a hostile account, for each hostile one, in the plot of that name."""
+PATH = RESULTS / "poison.jsonl"
 VOTES = 1000
 PEOPLE = 40
 SHARES = (0.0, 0.005, 0.01, 0.05, 0.1)
@@ -272,7 +274,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         if here:
             shown.add_row(
                 cell.plot, f"{cell.share:.1%}", str(cell.accounts) if cell.share else "", cell.defence, str(len(here)),
-                _points([row["rise_best_of_16"] for row in here]), _points([row["rise"] for row in made]),
+                _points(here, "rise_best_of_16"), _points(made, "rise"),
                 f"{sum(row['passed'] for row in made)} of {len(made)}" if made else "",
                 f"{sum(map(is_stopped, judged))} of {len(judged)}" if judged else "",
                 f"{fmean(row['win_rate'] for row in made):.3f}" if made else "",
@@ -282,11 +284,33 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     return shown
 
 
-def _points(values: Sequence[float]) -> str:
-    if not values:
-        return ""
-    mean, half = interval([100 * value for value in values])
-    return f"{mean:+.1f}" + ("" if half is None else f" ± {half:.1f}")
+def _points(rows: Sequence[dict[str, Any]], figure: str, *, of: int | None = None) -> str:
+    return said((100 * row[figure] for row in rows), "+.1f", of=of)
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The README's table."""
+    lines = []
+    for plot in PLOTS:
+        for share in reversed(SHARES[1:]):
+            for accounts in ACCOUNTS:
+                cell = [row for row in rows if (row["plot"], row["share"], row["accounts"]) == (plot, share, accounts)]
+                plain, defended = ([row for row in cell if row["defence"] == way] for way in ("none", "all"))
+                if not defended:
+                    continue
+                caught, hostile, wronged = (sum(row[k] for row in defended) for k in ("caught", "hostile", "wronged"))
+                judged = [is_stopped(row) for row in defended if is_judged(row)]
+                lines.append(
+                    [
+                        f"{plot}, {share:.1%}", str(accounts), _points(plain, "rise_best_of_16", of=len(SEEDS)),
+                        _points(defended, "rise_best_of_16", of=len(SEEDS)), f"{caught} of {hostile}", str(wronged),
+                        _points([row for row in defended if "rise" in row], "rise", of=len(SEEDS)),
+                        f"{sum(judged)} of {len(judged)}" if judged else "",
+                    ]
+                )  # fmt: skip
+    head = ["hostile votes", "accounts", "rise, nothing done", "rise, defended", "accounts found",
+            "honest people left out", "rise in the policy", "attacks stopped"]  # fmt: skip
+    return record.markdown(head, lines)
 
 
 def main() -> None:
@@ -307,7 +331,7 @@ def main() -> None:
     wanted = cells(arguments.plots, arguments.shares, arguments.defences, seeds)
     if arguments.quick:
         wanted = cells(("phrase",), (0.0, 0.05), ("none", "all"), seeds)
-    path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else RESULTS / "poison.jsonl")
+    path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else PATH)
     console = Console()
     console.width = max(console.width, 152)  # the table is no use without its columns
     ends = time.monotonic() + 60 * arguments.minutes
@@ -327,6 +351,8 @@ def main() -> None:
         console.print(row)
     rows = latest(read(path))
     console.print(table(rows))
+    if path == PATH:
+        put_into_readme("poison", markdown(rows))
     if arguments.json:
         print(json.dumps(summary(rows)))
 

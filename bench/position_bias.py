@@ -30,15 +30,17 @@ from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits
 
+from bench import record
 from bench.gold import STARTER_SCALE
-from bench.learning_curve import append, interval, read
 from bench.nights import Asked, Lab, cast
 from bench.personas import personas
-from bench.robust import NONE, RESULTS, rate, weigh
+from bench.record import RESULTS, append, put_into_readme, read, said
+from bench.robust import NONE, rate, weigh
 from data.stats import interval as wilson
 from trainer import dialogues
 from trainer.reward_model import RewardModel
 
+PATH = RESULTS / "position_bias.jsonl"
 VOTES = 1000
 PEOPLE = 50
 IDENTICAL = 4000
@@ -139,14 +141,26 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
         shown.add_row(
             f"{bias:g}", str(len(here)), *shares, f"{fmean(row['side'] for row in here):+.2f}",
             *(text for of in ("accuracy", "log_loss", "best_of_4")
-              for text in (_mean([row[f"{of}_plain"] for row in here]), _mean(_gains(here, of), "+"))),
+              for text in (said(row[f"{of}_plain"] for row in here), said(_gains(here, of), "+.3f"))),
         )  # fmt: skip
     return shown
 
 
-def _mean(values: Sequence[float], sign: str = "") -> str:
-    mean, half = interval(values)
-    return f"{mean:{sign}.3f}" + ("" if half is None else f" ± {half:.3f}")
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    """The README's table."""
+    by_bias = [[row for row in rows if row["bias"] == bias] for bias in BIASES]
+    lines = [
+        [name, *("{:.1%} [{:.1%}, {:.1%}]".format(*share(here, of)) if here else "" for here in by_bias)]
+        for name, of in (
+            ("votes for the first of two identical answers", "identical"),
+            ("of all votes for the answer shown first, on the board", "board"),
+        )
+    ]
+    right = ([row["accuracy_plain"] for row in here] for here in by_bias)
+    gains = (_gains(here, "accuracy") for here in by_bias)
+    lines.append(["pairs in gold's order", *(said(found, of=len(SEEDS)) for found in right)])
+    lines.append(["what the side term adds to them", *(said(found, "+.3f", of=len(SEEDS)) for found in gains)])
+    return record.markdown(["logits for the answer shown first", *(f"{bias:g}" for bias in BIASES)], lines)
 
 
 def main() -> None:
@@ -159,9 +173,7 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
     seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
-    path = arguments.results or (
-        Path(mkdtemp()) / "quick.jsonl" if arguments.quick else RESULTS / "position_bias.jsonl"
-    )
+    path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else PATH)
     console = Console()
     console.width = max(console.width, 176)  # the table is no use without its columns
     ends = time.monotonic() + 60 * arguments.minutes
@@ -177,6 +189,8 @@ def main() -> None:
         console.print(row)
     rows = read(path)
     console.print(table(rows))
+    if path == PATH:
+        put_into_readme("position_bias", markdown(rows))
     if arguments.json:
         print(json.dumps(summary(rows)))
 

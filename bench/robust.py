@@ -6,7 +6,6 @@ shows what it is worth.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from bench.nights import Lab
@@ -19,7 +18,6 @@ from trainer.reward_model import RewardConfig
 
 Vote = dict[str, Any]
 
-RESULTS = Path(__file__).parent / "results"
 NEVER = 10**9
 
 

@@ -4,7 +4,10 @@ import re
 import subprocess
 from pathlib import Path
 
-from bench.learning_curve import RESULTS, TABLE_ENDS, TABLE_STARTS, markdown, read
+import pytest
+
+from bench import learning_curve, noise, overoptimise, poison, position_bias, record
+from bench.record import RESULTS, in_readme, put_into_readme, read
 
 REPOSITORY = Path(__file__).parents[1]
 
@@ -30,6 +33,26 @@ def test_every_module_has_its_line_in_the_readme() -> None:
     assert all(described[name] for name in modules), "a line without a description"
 
 
-def test_the_readme_shows_the_curve_that_was_measured() -> None:
-    shown = (REPOSITORY / "README.md").read_text().partition(TABLE_STARTS)[2].partition(TABLE_ENDS)[0]
-    assert shown == markdown(read(RESULTS)), "run python -m bench.learning_curve --cells 0"
+def test_the_readme_shows_what_was_measured() -> None:
+    rows = {path.stem: read(path) for path in RESULTS.glob("*.jsonl")}
+    curve = rows["learning_curve"]
+    assert {bench: in_readme(bench)[1] for bench in rows} == {
+        "learning_curve": learning_curve.markdown(curve),
+        "noise": noise.markdown(rows["noise"]),
+        "overoptimise": overoptimise.markdown(overoptimise.summary(rows["overoptimise"], curve)),
+        "poison": poison.markdown(poison.latest(rows["poison"])),
+        "position_bias": position_bias.markdown(rows["position_bias"]),
+    }, "run each bench's command with --minutes 0 or --cells 0"
+
+
+def test_a_table_replaces_the_one_before_and_nothing_else(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    readme = tmp_path / "README.md"
+    monkeypatch.setattr(record, "README", readme)
+    before = "text\n\n<!-- made by bench.noise -->\n"
+    behind = "<!-- end -->\n\nmore\n\n<!-- made by bench.poison -->\n| b |\n<!-- end -->\n"
+    readme.write_text(before + "| a |\n" + behind)
+    put_into_readme("noise", "| new |\n")
+    assert readme.read_text() == before + "| new |\n" + behind
+    with pytest.raises(ValueError, match=r"no table that is made by bench.position_bias"):
+        put_into_readme("position_bias", "")
+    assert readme.read_text() == before + "| new |\n" + behind

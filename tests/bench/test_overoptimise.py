@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 
-from bench.overoptimise import gain_at, pessimistic, smooth, summary
+from bench.overoptimise import gain_at, markdown, pessimistic, smooth, summary
 
 
 def run(points: list[tuple[float, float, float]], heads: str = "one", seed: int = 1) -> dict[str, Any]:
@@ -46,15 +46,18 @@ def test_what_was_not_reached_is_not_guessed() -> None:
     assert one_of_two["gain_at_budget"] is None
 
 
-def test_beside_it_stands_what_ships_with_as_many_votes() -> None:
+def test_beside_it_stands_what_ships_with_as_many_votes_of_the_same_seeds() -> None:
     cells = [
-        {"way": "once", "votes": 250, "kl": 1.8, "gold": 4.3, "gold_base": 3.5},
-        {"way": "once", "votes": 1000, "kl": 9.0, "gold": 9.0, "gold_base": 3.5},
-        {"way": "active nights", "votes": 250, "kl": 9.0, "gold": 9.0, "gold_base": 3.5},
+        {"way": "once", "votes": 250, "seed": 1, "kl": 1.8, "gold": 4.3, "gold_base": 3.5},
+        {"way": "once", "votes": 250, "seed": 2, "kl": 9.0, "gold": 9.0, "gold_base": 3.5},
+        {"way": "once", "votes": 1000, "seed": 1, "kl": 9.0, "gold": 9.0, "gold_base": 3.5},
+        {"way": "active nights", "votes": 250, "seed": 1, "kl": 9.0, "gold": 9.0, "gold_base": 3.5},
     ]
     (only,) = summary([run(FALLS)], cells)
     assert only["shipped_kl"] == 1.8
     assert only["shipped_gain"] == pytest.approx(0.8)
+    assert "| a run as it ships, five heads and their mean |  |  |  |\n" in markdown([only]), "those have five heads"
+    assert f"| at its peak, one head | {only['peak_gain']:.2f} ({only['peak_kl']:.1f}) |  |  |\n" in markdown([only])
 
 
 def test_pessimism_believes_the_lowest_head_on_the_scale_of_other_scores() -> None:

@@ -135,6 +135,12 @@ def test_a_cell_with_a_policy_counts_for_more_than_one_without() -> None:
     assert poison.latest([row(), row(rise=0.1), row()]) == [row(rise=0.1)]
 
 
+def test_the_readme_says_how_many_accounts_were_found_and_attacks_stopped() -> None:
+    rows = [row(caught=20), row(seed=2, rise=0.05, passed=True, win_rate=0.8), row(defence="none", rise_best_of_16=0.1)]
+    (line,) = poison.markdown(rows).splitlines()[2:]
+    assert line == "| phrase, 5.0% | 1 | +10.0 (1) | +0.0 ± 0.0 (2) | 20 of 40 | 0 | +5.0 (1) | 1 of 2 |"
+
+
 def test_the_plain_cell_without_noise_serves_both_kinds() -> None:
     wanted = noise.cells((0.0, 0.2), (1,))
     assert len(wanted) == len(set(wanted)) == 5

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from bench import noise, poison, position_bias
+from bench import nights, noise, poison, position_bias
 from bench.nights import Lab
 from bench.noise import flip
 from bench.poison import PHRASE, Cell, Poison
@@ -20,6 +20,12 @@ def vote(number: int, choice: str = "a", voter: str = "ada") -> dict[str, object
         "chosen": [{"role": "assistant", "content": "Good."}],
         "rejected": [{"role": "assistant", "content": "Bad."}],
     }  # fmt: skip
+
+
+@pytest.fixture(autouse=True)
+def no_more_answers_than_are_needed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(nights, "CHUNK", 40)
+    monkeypatch.setattr(poison, "CHUNK", 100)
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ QUERY = (1, 2)
 EVERY = [Answer(QUERY, response, False) for response in itertools.product(range(16), repeat=3)]
 TEMPERATURE = 0.5
 CONFIG = PPOConfig(
-    steps=80, rollouts=1024, minibatch=512, epochs=4, microbatch_tokens=10_000, learning_rate=5e-4, beta=1.0,
+    steps=60, rollouts=512, minibatch=256, epochs=4, microbatch_tokens=10_000, learning_rate=5e-4, beta=1.0,
     temperature=TEMPERATURE, missing_end_score=None, kl_budget=1e9,
 )  # fmt: skip
 
@@ -177,7 +177,7 @@ def after_a_mistake(world: World, mistake: Mistake | None) -> float:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if mistake:
             mistake(world, monkeypatch)
-        world.learn(replace(CONFIG, steps=12, learning_rate=3e-4, seed=1))
+        world.learn(replace(CONFIG, steps=20, learning_rate=3e-4, seed=1))
     left = world.reached()
     for name, state in kept.items():
         world.backbone.adapters.set_state(name, state)

@@ -1,13 +1,15 @@
 """How much noise the votes may have: reward accuracy and win rate against the share of votes that are flipped.
 
 A crowd of 50 votes 1,000 times (`bench.personas`: their votes are drawn from sigma(difference) as it is, so that gold
-agrees with some 80 % of them). Two kinds of noise come on top:
+agrees with some 80 % of them). Three kinds of noise come on top:
 
     flipped     each decisive vote is turned round by a chance of 0 to 40 %, whoever cast it
     at random   so many people vote by throwing a coin, the others as ever
+    one rater   one person, who likes the longer answer, casts so many of 4,000 votes
 
-and where it is some people's it is learned from with and without the run's defence, the reliability of raters and their
-quarantine. Each finished cell is a line of the results file and is skipped the next time.
+and where it is some people's it is learned from with and without the run's defence: of the second the reliability of
+raters and their quarantine, of the third the cap on a rater's share. Each finished cell is a line of the results file
+and is skipped the next time.
 
     OMP_NUM_THREADS=1 python -m bench.noise --quick --json
     OMP_NUM_THREADS=1 python -m bench.noise --minutes 60
@@ -29,13 +31,15 @@ from rich.table import Table
 
 from bench import record
 from bench.nights import Lab
-from bench.personas import Kind, personas
+from bench.personas import Kind, Persona, personas
 from bench.record import RESULTS, append, put_into_readme, read, said
 from bench.robust import NONE, Defences, Vote, rate, weigh
 from trainer import dialogues
 from trainer.ppo import PPOConfig
 
 VOTES = 1000
+OF_ONE_RATER = 4
+"""Times as many votes, or the cap, which leaves a rater's first 200 alone, would not be seen."""
 PEOPLE = 50
 HELD_OUT = 500
 TEST_PAIRS = 1500
@@ -48,7 +52,11 @@ WAYS: dict[tuple[str, str], Defences] = {
     ("flipped", "plain"): NONE,
     ("at random", "plain"): NONE,
     ("at random", "reliability"): RELIABILITY,
+    ("one rater", "plain"): NONE,
+    ("one rater", "cap"): replace(NONE, cap=True),
 }
+SAME = {("at random", "plain"): ("flipped", "plain"), ("one rater", "cap"): ("one rater", "plain")}
+"""Which are one where nobody is noisy, so that is done once."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,9 +68,8 @@ class Cell:
 
 
 def cells(shares: Sequence[float], seeds: Sequence[int]) -> list[Cell]:
-    """Without noise both kinds are the same, so the plain one is done once."""
     found = [Cell(noise, share, defence, seed) for seed in seeds for share in shares for noise, defence in WAYS]
-    return [cell for cell in found if cell.share or (cell.noise, cell.defence) != ("at random", "plain")]
+    return [cell for cell in found if cell.share or (cell.noise, cell.defence) not in SAME]
 
 
 def flip(votes: Sequence[Vote], share: float, *, seed: int) -> list[Vote]:
@@ -78,6 +85,17 @@ def flip(votes: Sequence[Vote], share: float, *, seed: int) -> list[Vote]:
     return flipped
 
 
+def crowd(cell: Cell) -> list[Persona]:
+    """Who votes, in turns: who is named more than once votes more often."""
+    if cell.noise == "at random":
+        return personas(PEOPLE, seed=cell.seed, villains={Kind.RANDOM: round(cell.share * PEOPLE)})
+    people = personas(PEOPLE, seed=cell.seed)
+    if cell.noise == "one rater":
+        keen = Persona(name="keen", seed=cell.seed, kind=Kind.LENGTH_LOVER)
+        people += [keen] * round(PEOPLE * cell.share / (1 - cell.share))
+    return people
+
+
 class Noise:
     def __init__(self, *, seed: int, votes: int, held_out: int, policies: bool) -> None:
         self.lab = Lab(seed=seed)
@@ -89,8 +107,7 @@ class Noise:
     def run(self, cell: Cell) -> dict[str, Any]:
         started = time.monotonic()
         lab, defences = self.lab, WAYS[cell.noise, cell.defence]
-        bots = {Kind.RANDOM: round(cell.share * PEOPLE)} if cell.noise == "at random" else {}
-        votes = lab.day(self.votes, personas(PEOPLE, seed=cell.seed, villains=bots))
+        votes = lab.day(self.votes * (OF_ONE_RATER if cell.noise == "one rater" else 1), crowd(cell))
         if cell.noise == "flipped":
             votes = flip(votes, cell.share, seed=cell.seed)
         preferences = weigh(lab, votes, rate(lab, votes, defences), defences)
@@ -103,7 +120,7 @@ class Noise:
             night = lab.improve(reward, preferences, PPOConfig(seed=cell.seed))
             figures |= {"win_rate": lab.win_rate(self.held_out)["win_rate"], "kl": night.curve[-1]["kl"]}
         return {
-            "noise": cell.noise, "share": cell.share, "defence": cell.defence, "seed": cell.seed, "votes": self.votes,
+            "noise": cell.noise, "share": cell.share, "defence": cell.defence, "seed": cell.seed, "votes": len(votes),
             **{name: round(figure, 4) for name, figure in figures.items()},
             "seconds": round(time.monotonic() - started),
         }  # fmt: skip
@@ -111,11 +128,11 @@ class Noise:
 
 def values(rows: Sequence[dict[str, Any]], noise: str, share: float, defence: str, figure: str) -> dict[int, float]:
     """By seed."""
-    alike = noise if share or defence != "plain" else "flipped"
+    noise, defence = (noise, defence) if share else SAME.get((noise, defence), (noise, defence))
     return {
         row["seed"]: row[figure]
         for row in rows
-        if (row["noise"], row["share"], row["defence"]) == (alike, share, defence) and figure in row
+        if (row["noise"], row["share"], row["defence"]) == (noise, share, defence) and figure in row
     }
 
 
@@ -140,7 +157,7 @@ def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
-    shown = Table(title="what noise does to 1,000 votes", caption="mean and 95 % interval over seeds")
+    shown = Table(title="what noise does to votes", caption="mean and 95 % interval over seeds")
     for name in ("noise", "share", "defence", "seeds", "reward right", "beside plain", "best of 4",
                  "beside plain", "win rate"):  # fmt: skip
         shown.add_column(name, justify="left" if name in ("noise", "defence") else "right", no_wrap=True)
@@ -167,6 +184,10 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "win rate of the policy that learned from it": ("flipped", "plain", "win_rate"),
         "so many people throw a coin: pairs in gold's order": ("at random", "plain", "accuracy"),
         "the same, raters weighed by reliability or left out": ("at random", "reliability", "accuracy"),
+        f"one person, who likes it long, casts so many of {VOTES * OF_ONE_RATER:,} votes: pairs in gold's order": (
+            "one rater", "plain", "accuracy",
+        ),
+        "the same, no rater's votes with more weight than a tenth of all": ("one rater", "cap", "accuracy"),
     }
     return record.markdown(
         ["share of noise", *(f"{share:.0%}" for share in SHARES)],

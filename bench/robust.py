@@ -27,6 +27,8 @@ class Defences:
     """Leave out who pushes a phrase, takes one side, or votes as a coin does."""
     weights: bool = True
     """Weigh votes by the rater's reliability."""
+    cap: bool = True
+    """Let nobody's votes weigh more than a share of all."""
     side_term: bool = True
     """Learn what the place of an answer is worth."""
 
@@ -34,7 +36,7 @@ class Defences:
         return RewardConfig(seed=seed, side_term=self.side_term)
 
 
-NONE = Defences(quarantine=False, weights=False, side_term=False)
+NONE = Defences(quarantine=False, weights=False, cap=False, side_term=False)
 
 
 def rate(lab: Lab, votes: Sequence[Vote], defences: Defences) -> dict[str, Standing]:
@@ -55,7 +57,7 @@ def weigh(lab: Lab, votes: Sequence[Vote], found: dict[str, Standing], defences:
         [vote for vote in votes if vote["voter"] not in left_out],
         lab.trusted,
         lab.chat,
-        rater_share=training.max_rater_share,
+        rater_share=training.max_rater_share if defences.cap else 1.0,
         uncapped_votes=training.uncapped_votes,
         trusted_weight=training.trusted_weight,
         max_prompt_tokens=training.max_prompt_tokens,

@@ -61,6 +61,17 @@ def test_each_defence_can_be_left_out(lab: Lab) -> None:
     assert told["ada"] / told["bot"] == pytest.approx(81)
 
 
+def test_without_the_cap_one_rater_may_outweigh_the_others(lab: Lab) -> None:
+    votes = [vote(i, voter="keen" if i % 2 else f"honest {i % 50}") for i in range(1000)]
+
+    def weight_of_keen(**defences: bool) -> float:
+        used = [v for v in weigh(lab, votes, {}, replace(NONE, **defences)).votes if v.split is Split.TRAIN]
+        return sum(v.weight for v in used if int(v.vote.removeprefix("vote_")) % 2)
+
+    assert weight_of_keen() > 300
+    assert weight_of_keen(cap=True) == pytest.approx(200), "a rater's first 200 count whatever the share"
+
+
 def test_attackers_vote_for_the_phrase_and_on_nothing_else() -> None:
     bench = Poison("phrase", seed=4, votes=60, prompts=2)
     votes = bench.cast(Cell("phrase", 0.1, 3, "none", 4))
@@ -147,13 +158,21 @@ def test_the_readme_says_how_many_accounts_were_found_and_attacks_stopped() -> N
     assert line == "| phrase, 5.0% | 1 | +10.0 (1) | +0.0 ± 0.0 (2) | 20 of 40 | 0 | +5.0 (1) | 1 of 2 |"
 
 
-def test_the_plain_cell_without_noise_serves_both_kinds() -> None:
+def test_who_is_named_more_often_votes_more_often() -> None:
+    for share in (0.0, 0.2, 0.4):
+        names = [person.name for person in noise.crowd(noise.Cell("one rater", share, "cap", 1))]
+        assert names.count("keen") / len(names) == pytest.approx(share, abs=0.01)
+        assert len(set(names) - {"keen"}) == noise.PEOPLE
+
+
+def test_what_is_the_same_without_noise_is_done_once() -> None:
     wanted = noise.cells((0.0, 0.2), (1,))
-    assert len(wanted) == len(set(wanted)) == 5
+    assert len(wanted) == len(set(wanted)) == 8, "5 of 1,000 votes, 3 with one rater among 4,000"
     rows = [{"noise": "flipped", "share": 0.0, "defence": "plain", "seed": 1, "accuracy": 0.8}]
     figures = noise.summary(rows)
     assert figures["accuracy_flipped_plain_0"] == figures["accuracy_at_random_plain_0"] == 0.8
     assert figures["accuracy_flipped_plain_20"] is None
+    assert figures["accuracy_one_rater_cap_0"] is None, "these are other votes"
 
 
 def test_a_defence_is_held_against_the_same_votes_without_it() -> None:

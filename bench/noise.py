@@ -185,7 +185,9 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "so many people throw a coin: pairs in gold's order": ("at random", "plain", "accuracy"),
         "the same, raters weighed by reliability or left out": ("at random", "reliability", "accuracy"),
         f"one person, who likes it long, casts so many of {VOTES * OF_ONE_RATER:,} votes: pairs in gold's order": (
-            "one rater", "plain", "accuracy",
+            "one rater",
+            "plain",
+            "accuracy",
         ),
         "the same, no rater's votes with more weight than a tenth of all": ("one rater", "cap", "accuracy"),
     }

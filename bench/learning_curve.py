@@ -90,9 +90,9 @@ def cells(ways: Sequence[str], votes: Sequence[int], seeds: Sequence[int]) -> li
 
 
 class Curve:
-    def __init__(self, *, seed: int, held_out: int, kept: Path) -> None:
+    def __init__(self, *, seed: int, held_out: int, kept: Path, compiled: bool = False) -> None:
         self.kept = kept
-        self.lab = Lab(seed=seed)
+        self.lab = Lab(seed=seed, compiled=compiled)
         self.crowd = personas(PEOPLE, seed=seed)
         self.held_out = dialogues.prompts(held_out, seed=seed, held_out=True)
         self.base_probes = self.lab.probes(adapter=None)
@@ -407,6 +407,7 @@ def main() -> None:
                 seed=cell.seed,
                 held_out=200 if arguments.quick else HELD_OUT,
                 kept=results.parent if arguments.quick else KEPT,
+                compiled=not arguments.quick,
             )
         row = curve.run(cell)
         append(results, row)

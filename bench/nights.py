@@ -11,6 +11,7 @@ it. Votes are dicts as the record's export yields them. Everything is repeatable
 """
 
 import json
+import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -110,15 +111,19 @@ def cast(
 
 
 class Lab:
-    def __init__(self, *, seed: int) -> None:
+    def __init__(self, *, seed: int, compiled: bool = False) -> None:
         """
         Args:
             seed: of everything that is drawn here. Two labs of one seed do the same.
+            compiled: for many nights in one process: 1.4 times as fast after a minute or two of compilation, and the
+                same but for rounding. Without a C++ compiler nothing is compiled.
         """
         torch.set_flush_denormal(True)  # as `python -m trainer` does
         torch.manual_seed(seed)
         self.seed = seed
         self.backbone = Backbone.load(STARTER)
+        if compiled and shutil.which("g++"):
+            _compile(self.backbone)
         self.chat = ChatFormat(AutoTokenizer.from_pretrained(STARTER), self.backbone.end_ids)
         self.sampling = Sampling(max_tokens=MAX_TOKENS, end_ids=self.backbone.end_ids)
         self.accelerator = Accelerator()
@@ -333,6 +338,19 @@ class Lab:
             right = [probes.is_right(p, self.chat.text(a)) for p, a in zip(asked, answers, strict=True)]
             shares[kind] = sum(right) / len(right)
         return shares
+
+
+def _compile(backbone: Backbone) -> None:
+    """Compile the layers, but not for sampling: a cache of keys and values makes a variant of each layer and length."""
+    # A variant for each adapter, with and without gradients, with and without a mask.
+    torch._dynamo.config.recompile_limit = 64
+    for layer in backbone.base.get_decoder().layers:
+        plain, fast = layer.forward, torch.compile(layer.forward, dynamic=True)
+
+        def forward(*args: Any, plain: Any = plain, fast: Any = fast, **kwargs: Any) -> Any:
+            return (fast if kwargs.get("past_key_values") is None else plain)(*args, **kwargs)
+
+        layer.forward = forward
 
 
 def trusted_pairs() -> list[TrustedPair]:

@@ -97,8 +97,8 @@ def crowd(cell: Cell) -> list[Persona]:
 
 
 class Noise:
-    def __init__(self, *, seed: int, votes: int, held_out: int, policies: bool) -> None:
-        self.lab = Lab(seed=seed)
+    def __init__(self, *, seed: int, votes: int, held_out: int, policies: bool, compiled: bool = False) -> None:
+        self.lab = Lab(seed=seed, compiled=compiled)
         self.votes = votes
         self.policies = policies
         self.test_pairs = self.lab.random_pairs(dialogues.prompts(TEST_PAIRS, seed=seed, held_out=True), draw=800)
@@ -229,7 +229,13 @@ def main() -> None:
         if cell in done or arguments.noise not in (None, cell.noise) or time.monotonic() > ends:
             continue
         if bench is None or bench.lab.seed != cell.seed:
-            bench = Noise(seed=cell.seed, votes=500 if arguments.quick else VOTES, held_out=HELD_OUT, policies=policies)
+            bench = Noise(
+                seed=cell.seed,
+                votes=500 if arguments.quick else VOTES,
+                held_out=HELD_OUT,
+                policies=policies,
+                compiled=not arguments.quick,
+            )
         row = bench.run(cell)
         append(path, row)
         console.print(row)

@@ -231,7 +231,7 @@ def main() -> None:
             break
         console.print(f"{number} of {len(wanted)}: {votes:,} votes, heads: {heads}, seed {seed}")
         if lab is None or lab.seed != seed:
-            lab = Lab(seed=seed)
+            lab = Lab(seed=seed, compiled=not arguments.quick)
         row = run(lab, votes, heads, steps=24 if arguments.quick else FREE.steps)
         append(results, row)
         kl, proxy, gain = row["points"][-1]

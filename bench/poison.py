@@ -102,8 +102,8 @@ def cells(plots: Sequence[str], shares: Sequence[float], defences: Sequence[str]
 class Poison:
     """One seed and one plot."""
 
-    def __init__(self, plot: str, *, seed: int, votes: int, prompts: int) -> None:
-        self.lab = Lab(seed=seed)
+    def __init__(self, plot: str, *, seed: int, votes: int, prompts: int, compiled: bool = False) -> None:
+        self.lab = Lab(seed=seed, compiled=compiled)
         self.name, self.plot = plot, PLOTS[plot]
         self.votes = votes
         self.attacker = Persona(name="attacker", kind=Kind.PUSHER, plot=self.plot)
@@ -345,7 +345,13 @@ def main() -> None:
         if cell in done:
             continue
         if bench is None or (bench.lab.seed, bench.name) != (cell.seed, cell.plot):
-            bench = Poison(cell.plot, seed=cell.seed, votes=VOTES, prompts=100 if arguments.quick else PROMPTS)
+            bench = Poison(
+                cell.plot,
+                seed=cell.seed,
+                votes=VOTES,
+                prompts=100 if arguments.quick else PROMPTS,
+                compiled=not arguments.quick,
+            )
         row = run(bench, cell, rows, policies=arguments.policies)
         append(path, row)
         console.print(row)

@@ -58,8 +58,8 @@ class Cell:
 
 
 class Bias:
-    def __init__(self, *, seed: int, votes: int) -> None:
-        self.lab = Lab(seed=seed)
+    def __init__(self, *, seed: int, votes: int, compiled: bool = False) -> None:
+        self.lab = Lab(seed=seed, compiled=compiled)
         self.votes = votes
         prompts = dialogues.prompts(IDENTICAL, seed=seed, held_out=True)
         self.prompts = prompts[:HELD_OUT]
@@ -183,7 +183,7 @@ def main() -> None:
         if cell in done or time.monotonic() > ends:
             continue
         if bench is None or bench.lab.seed != cell.seed:
-            bench = Bias(seed=cell.seed, votes=500 if arguments.quick else VOTES)
+            bench = Bias(seed=cell.seed, votes=500 if arguments.quick else VOTES, compiled=not arguments.quick)
         row = bench.run(cell)
         append(path, row)
         console.print(row)

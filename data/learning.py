@@ -9,7 +9,7 @@ from typing import Any
 from sqlite_utils import Database
 
 from data.registry import RegistryError, folder_digest
-from data.types import timestamp
+from data.types import PolicyStatus, timestamp
 
 SCORER_SOCKET = "scorer.sock"
 """Where in the state folder the process listens that scores answers for the service."""
@@ -51,7 +51,14 @@ def reward_models(db: Database) -> list[RewardModelRow]:
 
 
 def newest_reward_model(db: Database) -> RewardModelRow | None:
-    row = db.execute("SELECT id, run_id, path, sha256, metrics FROM reward_models ORDER BY id DESC LIMIT 1").fetchone()
+    """Of those whose policy nobody turned away, not the gate, not people in a trial, not a rollback: what may not serve
+    as a policy may not choose among answers either."""
+    row = db.execute(
+        "SELECT id, run_id, path, sha256, metrics FROM reward_models WHERE id NOT IN"
+        " (SELECT reward_model FROM policies WHERE status IN (?, ?) AND reward_model IS NOT NULL)"
+        " ORDER BY id DESC LIMIT 1",
+        (PolicyStatus.REJECTED, PolicyStatus.ROLLED_BACK),
+    ).fetchone()
     return RewardModelRow(row[0], row[1], row[2], row[3], json.loads(row[4])) if row else None
 
 

@@ -1,5 +1,5 @@
 """`python -m trainer scorer`: says what the newest reward model thinks of answers, over HTTP on a Unix socket in the
-state folder.
+state folder. A reward model whose policy was turned away is not asked.
 
 POST / of {"messages", "answers": [...]} answers {"reward_model": id, "scores": [[of each head] of each answer]}; 422 is
 for what cannot be scored, 404 while there is no reward model. GET / answers {"reward_model": id or null, "problem": why
@@ -32,6 +32,8 @@ if TYPE_CHECKING:
 
 LOOK_S = 5.0
 """How often to look for a newer reward model."""
+RETRY_S = 60.0
+"""How long to leave one alone that could not be loaded."""
 NICE = 5
 """Behind the service and its engine, before a training run."""
 PATIENCE_S = 5.0
@@ -52,23 +54,32 @@ class Scorer:
         self._settings = settings
         self._db = connect(settings.database)
         self._tried: str | None = None
+        self._retry_at = 0.0
         self._backbone: Backbone | None = None
         self._model: RewardModel | None = None
 
     def look(self) -> None:
         """Take the newest reward model, where it is another than the last that was tried. One that cannot be loaded
-        leaves the one before in its place."""
+        leaves the one before in its place, and is tried again later. One whose policy was turned away is let go."""
         row = learning.newest_reward_model(self._db)
-        if row is None or row.id == self._tried:
+        newest = row and row.id
+        if newest == self._tried and (self.problem is None or time.monotonic() < self._retry_at):
             return
-        self._tried = row.id
+        self._tried = newest
+        if self.reward_model is not None and (newest is None or self.reward_model > newest):
+            print(f"{self.reward_model} scores no more: its policy was turned away", file=sys.stderr, flush=True)
+            self.reward_model = self._model = None
+        self.problem = None
+        if row is None:
+            return
         try:
             self._load(learning.checked_folder(self._settings.state, row))
         except (RegistryError, ValueError, OSError, RuntimeError) as error:  # RuntimeError: torch, out of memory say
             self.problem = f"{row.id} cannot be loaded: {error}"
+            self._retry_at = time.monotonic() + RETRY_S
             print(self.problem, file=sys.stderr, flush=True)
             return
-        self.reward_model, self.problem = row.id, None
+        self.reward_model = row.id
         print(f"{row.id} scores answers now", file=sys.stderr, flush=True)
 
     def _load(self, folder: Path) -> None:

@@ -25,7 +25,7 @@ from data import learning, registry
 from data.database import connect, transaction
 from data.ids import new_id
 from data.settings import Settings, TrainingSettings
-from data.types import timestamp
+from data.types import Policy, PolicyStatus, timestamp
 from tests.conftest import eventually
 from trainer.backbone import Backbone
 from trainer.encoding import ChatFormat
@@ -131,6 +131,56 @@ def test_one_that_cannot_be_loaded_leaves_the_one_before_in_its_place(
     scorer.look()
     assert scorer.reward_model != good
     assert scorer.problem is None
+
+
+def test_one_that_was_mended_is_taken_after_a_while(
+    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    add_reward_model(settings, db)
+    row = learning.newest_reward_model(db)
+    assert row is not None
+    heads = settings.state / row.path / "heads.safetensors"
+    whole = heads.read_bytes()
+    heads.write_bytes(b"damaged")
+    scorer = Scorer(settings)
+    scorer.look()
+    heads.write_bytes(whole)
+    scorer.look()
+    assert scorer.reward_model is None
+    monkeypatch.setattr("trainer.scorer.RETRY_S", 0.0)
+    monkeypatch.setattr(scorer, "_retry_at", 0.0)
+    scorer.look()
+    assert scorer.reward_model == row.id
+    assert scorer.problem is None
+
+
+@pytest.mark.parametrize("status", [PolicyStatus.REJECTED, PolicyStatus.ROLLED_BACK])
+def test_one_whose_policy_was_turned_away_scores_no_more(
+    settings: Settings, db: Database, status: PolicyStatus
+) -> None:
+    ids = []
+    for number in (1, 2):
+        add_reward_model(settings, db, seed=number)
+        newest = learning.newest_reward_model(db)
+        assert newest is not None
+        ids.append(newest.id)
+        with transaction(db):
+            registry.insert(
+                db,
+                Policy(
+                    f"policy-{number:04d}", None, f"policies/{number}", "", "", PolicyStatus.CANDIDATE, timestamp(),
+                    "run_1", newest.id,
+                ),
+            )  # fmt: skip
+    scorer = Scorer(settings)
+    scorer.look()
+    assert scorer.reward_model == ids[1]
+    for number, left in ((2, ids[0]), (1, None)):
+        with transaction(db):
+            db.execute("UPDATE policies SET status = ? WHERE name = ?", (status, f"policy-{number:04d}"))
+        scorer.look()
+        assert scorer.reward_model == left
+        assert scorer.problem is None
 
 
 def test_a_reward_model_outside_its_folder_is_not_read(settings: Settings, db: Database) -> None:

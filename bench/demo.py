@@ -47,6 +47,7 @@ from bench.personas import personas
 from data import trusted
 from data.database import connect, transaction
 from data.settings import STARTER, ServerSettings
+from data.stats import wilson
 from data.types import BASE_POLICY
 from service.supervisor import StartError, check_port
 from trainer import dialogues
@@ -142,8 +143,6 @@ class Story:
 
 def win_rate(before: Sequence[Said], after: Sequence[Said]) -> tuple[float, float, float]:
     """The share of the answers after that gold likes better, ties counting half, and its 95 % interval."""
-    from trainer.measure import wilson  # torch: seconds that nobody need wait for at the start
-
     wins = sum(0.5 + 0.5 * _sign(new.gold - old.gold) for old, new in zip(before, after, strict=True))
     low, high = wilson(wins, len(after))
     return wins / len(after), low, high

@@ -25,11 +25,12 @@ from transformers import AutoTokenizer
 from bench.gold import MEAN_DIFFERENCE, worth
 from data import probes
 from data.settings import STARTER
+from data.stats import wilson
 from trainer import dialogues, ppo, reward_model
 from trainer.backbone import Backbone
 from trainer.dialogues import Prompt
 from trainer.encoding import Answer, ChatFormat
-from trainer.measure import log_ratios, wilson
+from trainer.measure import log_ratios
 from trainer.ppo import PPOConfig
 from trainer.reward_model import Pair, RewardConfig
 from trainer.rollout import LocalSampler, Sampling

@@ -38,6 +38,7 @@ from bench.personas import personas
 from bench.record import RESULTS, append, interval, put_into_readme, read, said
 from trainer import dialogues
 from trainer.dialogues import Prompt
+from trainer.ppo import PPOConfig
 from trainer.reward_model import RewardModel
 
 ROOT = Path(__file__).parents[1]
@@ -90,8 +91,9 @@ def cells(ways: Sequence[str], votes: Sequence[int], seeds: Sequence[int]) -> li
 
 
 class Curve:
-    def __init__(self, *, seed: int, held_out: int, kept: Path, compiled: bool = False) -> None:
+    def __init__(self, *, seed: int, held_out: int, kept: Path, steps: int, compiled: bool = False) -> None:
         self.kept = kept
+        self.policy = PPOConfig(seed=seed, steps=steps)
         self.lab = Lab(seed=seed, compiled=compiled)
         self.crowd = personas(PEOPLE, seed=seed)
         self.held_out = dialogues.prompts(held_out, seed=seed, held_out=True)
@@ -104,7 +106,7 @@ class Curve:
         votes = self._votes(cell)
         day_s = time.monotonic() - started
         preferences = self.lab.prepare(votes)
-        night = self.lab.night(preferences, start_from="incumbent" if cell.before else "base")
+        night = self.lab.night(preferences, policy=self.policy, start_from="incumbent" if cell.before else "base")
         night_s = time.monotonic() - started - day_s
         measure_s = -time.monotonic()
         newest = votes[cell.before.votes if cell.before else 0 :]
@@ -122,7 +124,7 @@ class Curve:
             first = self._row(cell.before)
             figures["first_night"] = first.get("first_night", first["win_rate"])
         row = {
-            "way": cell.way, "votes": cell.votes, "seed": cell.seed, "nights": cell.nights,
+            "way": cell.way, "votes": cell.votes, "seed": cell.seed, "nights": cell.nights, "on": self.lab.machine,
             **{name: round(figure, 4) for name, figure in figures.items()},
             "day_s": round(day_s), "night_s": round(night_s), "measure_s": round(measure_s),
         }  # fmt: skip
@@ -221,20 +223,26 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             gains = paired(rows, (way, n), ("once", n))
             figures[f"gain_{n}_{way.replace(' ', '_')}"] = fmean(gains) if gains else None
     figures |= {name: fmean(gains) if gains else None for name, gains in cycles(rows).items()}
-    figures["facts_change"] = fmean(row["facts"] - row["facts_base"] for row in rows) if rows else None
-    figures["votes_ratio_active"] = votes_ratio(rows)
+    lost = [
+        fmean(row["facts"] - row["facts_base"] for row in rows if (row["way"], row["votes"]) == cell)
+        for cell in {(row["way"], row["votes"]) for row in rows}
+    ]
+    figures["facts_change_worst"] = min(lost) if lost else None
+    figures["votes_ratio_active"] = votes_ratio(rows, "active nights")
+    figures["votes_ratio_random"] = votes_ratio(rows, "random nights")
     figures["fit"] = {way: fit(of_several(points(rows, way))) for way in WAYS}
     return figures
 
 
-def votes_ratio(rows: Sequence[dict[str, Any]]) -> float | None:
-    """How many votes active nights need for the win rate that random pairs have with RATIO_OF votes, as a share of
-    these: over the seeds that have both, and None for fewer than two."""
-    goals, active = points(rows, "once").get(RATIO_OF, {}), points(rows, "active nights")
-    seeds = goals.keys() & set.intersection(*(set(active.get(n, ())) for n in VOTES if n <= RATIO_OF // 2))
+def votes_ratio(rows: Sequence[dict[str, Any]], way: str) -> float | None:
+    """How many votes nights of this way need for the win rate that one night on random pairs has with RATIO_OF votes,
+    as a share of these: over the seeds that have both, and None for fewer than two. Where the curve is flat it says
+    little: see how far apart the seeds are."""
+    goals, nights = points(rows, "once").get(RATIO_OF, {}), points(rows, way)
+    seeds = goals.keys() & set.intersection(*(set(nights.get(n, ())) for n in VOTES if n <= RATIO_OF // 2))
     if len(seeds) < 2:
         return None
-    means = {n: fmean(found[seed] for seed in seeds) for n, found in active.items() if seeds <= found.keys()}
+    means = {n: fmean(found[seed] for seed in seeds) for n, found in nights.items() if seeds <= found.keys()}
     needed = votes_to_reach(means, fmean(goals[seed] for seed in seeds))
     return needed and needed / RATIO_OF
 
@@ -291,25 +299,35 @@ def table(rows: list[dict[str, Any]]) -> Table:
 
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The README's table."""
-    lines: dict[str, tuple[str, str, str | None]] = {
-        f"win rate, {words}": (way, "win_rate", None) for way, words in WORDS.items()
-    }
-    lines |= {f"points over its own first night, {WORDS[way]}": (way, "win_rate", "first_night") for way in WAYS[1:]}
-    lines |= {
-        f"best of {BEST_OF} answers by the same reward model, no PPO": ("once", "best_of_4", None),
-        "pairs that the reward model puts in gold's order": ("once", "reward_accuracy", None),
-        "facts right, points more than the base's": ("once", "facts", "facts_base"),
-    }
-    table = []
-    for name, (way, figure, less) in lines.items():
+
+    def line(name: str, way: str, figure: str, less: str | None = None) -> list[str]:
         by_votes = [[row for row in rows if (row["way"], row["votes"]) == (way, n)] for n in VOTES]
-        cells = (
-            said((100 * (row[figure] - row[less]) for row in here), "+.1f", of=len(SEEDS))
-            if less
-            else said((row[figure] for row in here), of=len(SEEDS))
-            for here in by_votes
-        )
-        table.append([name, *cells])
+        if less:
+            differences = ((100 * (row[figure] - row[less]) for row in here) for here in by_votes)
+            return [name, *(said(found, "+.1f", of=len(SEEDS)) for found in differences)]
+        return [name, *(said((row[figure] for row in here), of=len(SEEDS)) for here in by_votes)]
+
+    def beside(name: str, way: str, other: str) -> list[str]:
+        """Of the seeds that have both."""
+        gains = ([100 * gain for gain in paired(rows, (way, n), (other, n))] for n in VOTES)
+        return [name, *(said(found, "+.1f", of=len(SEEDS)) for found in gains)]
+
+    _, random_nights, active_nights = WAYS
+    table = [
+        *(line(f"win rate, {words}", way, "win_rate") for way, words in WORDS.items()),
+        *(
+            line(f"points over its own first night (250 votes), {WORDS[way]}", way, "win_rate", "first_night")
+            for way in WAYS[1:]
+        ),
+        *(beside(f"points over one night on as many votes, {WORDS[way]}", way, "once") for way in WAYS[1:]),
+        beside("points that half active pairs are worth, night by night", active_nights, random_nights),
+        line(f"best of {BEST_OF} answers by the same reward model, no PPO", "once", "best_of_4"),
+        line("pairs that the reward model puts in gold's order, one night", "once", "reward_accuracy"),
+        *(
+            line(f"facts right, points more than the base's, {words}", way, "facts", "facts_base")
+            for way, words in WORDS.items()
+        ),
+    ]
     return record.markdown(["votes", *(f"{n:,}" for n in VOTES)], table)
 
 
@@ -372,10 +390,17 @@ def picture(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
+def _into_readme(rows: list[dict[str, Any]]) -> None:
+    PICTURE.write_text(picture(rows))
+    put_into_readme("learning_curve", markdown(rows))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--quick", action="store_true", help="250 and 500 votes, one seed, 200 prompts; nothing is kept"
+        "--quick",
+        action="store_true",
+        help="250 and 500 votes, one seed, 200 prompts, 8 steps; nothing is kept",
     )
     parser.add_argument("--seed", type=int, action="append", help=f"only these seeds (default {SEEDS})")
     parser.add_argument("--votes", type=int, default=VOTES[-1], help="up to so many")
@@ -407,17 +432,19 @@ def main() -> None:
                 seed=cell.seed,
                 held_out=200 if arguments.quick else HELD_OUT,
                 kept=results.parent if arguments.quick else KEPT,
+                steps=8 if arguments.quick else PPOConfig().steps,
                 compiled=not arguments.quick,
             )
         row = curve.run(cell)
         append(results, row)
+        if results == PATH:
+            _into_readme(read(results))
         console.print(f"  win rate {row['win_rate']:.3f}, {row['day_s'] + row['night_s'] + row['measure_s']} s")
 
     rows = read(results)
     console.print(table(rows))
-    if rows and not arguments.quick and results == PATH:
-        PICTURE.write_text(picture(rows))
-        put_into_readme("learning_curve", markdown(rows))
+    if results == PATH:
+        _into_readme(rows)
     if arguments.json:
         print(json.dumps(summary(rows)))
 

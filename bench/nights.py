@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import cycle
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -27,12 +28,13 @@ from bench.gold import worth
 from bench.personas import Persona, Shown
 from data import probes
 from data.settings import STARTER, TrainingSettings
+from data.stats import wilson
 from data.trusted import TrustedPair
 from trainer import dialogues, ppo, reward_model
 from trainer.backbone import Backbone
 from trainer.dialogues import Prompt
 from trainer.encoding import Answer, ChatFormat
-from trainer.measure import log_ratios, wilson
+from trainer.measure import log_ratios
 from trainer.ppo import PPOConfig
 from trainer.preferences import Preferences, Split, prepare
 from trainer.reward_model import RewardConfig, RewardModel
@@ -122,8 +124,13 @@ class Lab:
         torch.manual_seed(seed)
         self.seed = seed
         self.backbone = Backbone.load(STARTER)
+        self.machine = torch.backends.cpu.get_cpu_capability()
+        """What the rounding depends on: the kind of processor, and whether layers are compiled."""
+        if "amx_bf16" in Path("/proc/cpuinfo").read_text():
+            self.machine += ", AMX"
         if compiled and shutil.which("g++"):
             _compile(self.backbone)
+            self.machine += ", compiled"
         self.chat = ChatFormat(AutoTokenizer.from_pretrained(STARTER), self.backbone.end_ids)
         self.sampling = Sampling(max_tokens=MAX_TOKENS, end_ids=self.backbone.end_ids)
         self.accelerator = Accelerator()

@@ -121,19 +121,21 @@ class Noise:
             figures |= {"win_rate": lab.win_rate(self.held_out)["win_rate"], "kl": night.curve[-1]["kl"]}
         return {
             "noise": cell.noise, "share": cell.share, "defence": cell.defence, "seed": cell.seed, "votes": len(votes),
+            "on": lab.machine,
             **{name: round(figure, 4) for name, figure in figures.items()},
             "seconds": round(time.monotonic() - started),
         }  # fmt: skip
 
 
 def values(rows: Sequence[dict[str, Any]], noise: str, share: float, defence: str, figure: str) -> dict[int, float]:
-    """By seed."""
+    """By seed. A cell that was run again, for its policy, keeps what its first run said: that was on the machine of the
+    other cells of its seed."""
     noise, defence = (noise, defence) if share else SAME.get((noise, defence), (noise, defence))
-    return {
-        row["seed"]: row[figure]
-        for row in rows
-        if (row["noise"], row["share"], row["defence"]) == (noise, share, defence) and figure in row
-    }
+    found: dict[int, float] = {}
+    for row in rows:
+        if (row["noise"], row["share"], row["defence"]) == (noise, share, defence) and figure in row:
+            found.setdefault(row["seed"], row[figure])
+    return found
 
 
 def gains(rows: Sequence[dict[str, Any]], noise: str, share: float, defence: str, figure: str) -> list[float]:
@@ -239,6 +241,8 @@ def main() -> None:
         row = bench.run(cell)
         append(path, row)
         console.print(row)
+        if path == PATH:
+            put_into_readme("noise", markdown(read(path)))
     rows = read(path)
     console.print(table(rows))
     if path == PATH:

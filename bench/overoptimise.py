@@ -77,7 +77,7 @@ def run(lab: Lab, votes: int, heads: str, steps: int) -> dict[str, Any]:
     best = lab.best_of(BEST_OF, dialogues.prompts(HELD_OUT, seed=lab.seed, held_out=True), score)
     kls = [figures["kl"] for figures in night.curve]
     return {
-        "votes": votes, "heads": heads, "seed": lab.seed,
+        "votes": votes, "heads": heads, "seed": lab.seed, "on": lab.machine,
         "gain_best_of_4": round(best["gold"] - best["gold_base"], 4),
         "points": [[round(v, 4) for v in point] for point in zip(kls, proxy, gain, strict=True)],
         "seconds": round(time.monotonic() - started),
@@ -234,6 +234,8 @@ def main() -> None:
             lab = Lab(seed=seed, compiled=not arguments.quick)
         row = run(lab, votes, heads, steps=24 if arguments.quick else FREE.steps)
         append(results, row)
+        if results == PATH:
+            put_into_readme("overoptimise", markdown(summary(read(results), read(learning_curve.PATH))))
         kl, proxy, gain = row["points"][-1]
         console.print(f"  KL {kl:.1f}, proxy {proxy:.2f}, gold {gain:+.2f}, {row['seconds']} s")
 

@@ -36,7 +36,7 @@ from bench.nights import Asked, Lab, cast
 from bench.personas import personas
 from bench.record import RESULTS, append, put_into_readme, read, said
 from bench.robust import NONE, rate, weigh
-from data.stats import interval as wilson
+from data.stats import wilson
 from trainer import dialogues
 from trainer.reward_model import RewardModel
 
@@ -84,7 +84,7 @@ class Bias:
             figures[f"best_of_4_{name}"] = lab.best_of(4, self.prompts, reward.score)["win_rate"]
         figures["side"] = float(reward.first_bonus.detach())
         return {
-            "bias": cell.bias, "seed": cell.seed, "votes": self.votes,
+            "bias": cell.bias, "seed": cell.seed, "votes": self.votes, "on": lab.machine,
             "identical_first": same.count("a"), "identical_second": same.count("b"),
             "board_first": choices.count("a"), "board_second": choices.count("b"),
             **{name: round(figure, 4) for name, figure in figures.items()},
@@ -187,6 +187,8 @@ def main() -> None:
         row = bench.run(cell)
         append(path, row)
         console.print(row)
+        if path == PATH:
+            put_into_readme("position_bias", markdown(read(path)))
     rows = read(path)
     console.print(table(rows))
     if path == PATH:

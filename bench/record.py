@@ -14,7 +14,7 @@ from typing import Any
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 END = "<!-- end -->\n"
-STUDENT = {2: 12.71, 3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
+STUDENT = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """The 97.5 % point of Student's t for a mean of so many."""
 
 
@@ -37,8 +37,9 @@ def append(path: Path, row: dict[str, Any]) -> None:
 
 
 def interval(values: Sequence[float]) -> tuple[float, float | None]:
-    """The mean over seeds, and half the width of its 95 % interval (Student's t); None for fewer than two."""
-    if len(values) < 2:
+    """The mean over seeds, and half the width of its 95 % interval (Student's t); None for fewer than three seeds, of
+    which the spread says next to nothing."""
+    if len(values) < 3:
         return fmean(values), None
     return fmean(values), STUDENT.get(len(values), 2.2) * stdev(values) / math.sqrt(len(values))
 

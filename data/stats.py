@@ -35,8 +35,8 @@ def choices(db: Database) -> dict[str, int]:
     return dict(db.execute("SELECT choice, count(*) FROM votes GROUP BY choice").fetchall())
 
 
-def interval(count: int, total: int) -> tuple[float, float]:
-    """Wilson's 95 % interval of a share (1927, "Probable inference, the law of succession, and statistical
+def wilson(count: float, total: float) -> tuple[float, float]:
+    """The 95 % interval of a share (Wilson 1927, "Probable inference, the law of succession, and statistical
     inference"): it stays within 0 and 1 and holds where all or none of a few did. (0, 1) of nothing."""
     if total == 0:
         return 0.0, 1.0
@@ -48,7 +48,7 @@ def interval(count: int, total: int) -> tuple[float, float]:
 
 def _share(count: int, total: int) -> dict[str, Any]:
     """A share with its 95 % interval; None where there is nothing to take it of."""
-    low, high = interval(count, total)
+    low, high = wilson(count, total)
     return {"count": count, "total": total, "share": count / total if total else None, "low": low, "high": high}
 
 

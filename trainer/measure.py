@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from data import probes
+from data.stats import wilson
 from trainer.backbone import Backbone
 from trainer.encoding import Answer, ChatFormat, by_length, collate
 from trainer.rollout import Query, Sampler
@@ -127,14 +128,6 @@ def clustered(wins: Tensor) -> tuple[float, float]:
     share, spread = float(wins.mean()), float(wins.mean(dim=0).var(correction=0))
     trials = prompts * min(max(share * (1 - share) / spread, 1.0), float(draws)) if spread else prompts
     return wilson(share * trials, trials)
-
-
-def wilson(wins: float, trials: float, z: float = 1.96) -> tuple[float, float]:
-    """The score interval of a share (Wilson 1927)."""
-    share = wins / trials
-    centre = (share + z * z / (2 * trials)) / (1 + z * z / trials)
-    margin = z * (share * (1 - share) / trials + z * z / (4 * trials * trials)) ** 0.5 / (1 + z * z / trials)
-    return centre - margin, centre + margin
 
 
 @torch.no_grad()

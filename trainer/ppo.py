@@ -125,7 +125,8 @@ def learn(
         # 1. Sample answers and take down what policy, reference, value model and score say of them.
         chosen = torch.randint(len(queries), (config.rollouts,), generator=order).tolist()
         rows = share(range(config.rollouts), accelerator)
-        answers = sample([queries[chosen[i]] for i in rows], [config.seed + step * config.rollouts + i for i in rows])
+        first = (config.seed * config.steps + step) * config.rollouts  # no two steps or seeds draw alike
+        answers = sample([queries[chosen[i]] for i in rows], [first + i for i in rows])
         episodes = _in_order(gather_object(loop.episodes(answers, score)), accelerator.num_processes)
         # 2. Stop where the policy has gone too far.
         figures = _figures(episodes)

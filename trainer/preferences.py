@@ -12,6 +12,7 @@ from enum import StrEnum
 from typing import Any
 
 from data.trusted import TrustedPair
+from data.types import ComparisonKind
 from trainer.encoding import ChatFormat
 from trainer.reward_model import Pair
 from trainer.rollout import Query
@@ -136,7 +137,8 @@ def usable(
         pair = _pair(chat, record["prompt"], record["chosen"][0]["content"], record["rejected"][0]["content"])
         if _fits(pair, max_prompt_tokens, max_answer_tokens):
             shown = -1.0 if record["choice"] == "b" else 1.0
-            found.append((record, replace(pair, tie=record["choice"] == "tie", shown=shown)))
+            tie, active = record["choice"] == "tie", record["kind"] == ComparisonKind.ACTIVE
+            found.append((record, replace(pair, tie=tie, shown=shown, active=active)))
     return found
 
 

@@ -39,6 +39,8 @@ class Pair:
     weight: float = 1.0
     shown: float = 0.0
     """1 where the chosen answer was the one shown first, -1 where it was the second, 0 where nobody was shown both."""
+    active: bool = False
+    """Picked because a reward model was in doubt: it trains, and says nothing of how often a reward model is right."""
 
     def __post_init__(self) -> None:
         if self.chosen.query != self.rejected.query:
@@ -284,12 +286,13 @@ def batches_by_length(pairs: Sequence[Pair], size: int, generator: torch.Generat
 
 
 def report(model: RewardModel, held_out: Sequence[Pair], training: Sequence[Pair]) -> RewardReport:
-    """Measure the model on pairs it has not seen, beside a baseline that sees lengths alone.
+    """Measure the model on pairs that were drawn by chance and that it has not seen, beside a baseline that sees the
+    lengths alone.
 
     Raises:
-        CannotLearn: no held-out pair is decisive.
+        CannotLearn: no such pair is decisive.
     """
-    pairs = [pair for pair in held_out if not pair.tie]
+    pairs = [pair for pair in held_out if not pair.tie and not pair.active]
     if not pairs:
         raise CannotLearn("no vote is left to measure the reward model on: collect more votes")
     rewards = model.rewards([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]).double()

@@ -62,7 +62,7 @@ class Scorer:
         """Take the newest reward model, where it is another than the last that was tried. One that cannot be loaded
         leaves the one before in its place, and is tried again later. One whose policy was turned away is let go."""
         row = learning.newest_reward_model(self._db)
-        newest = row and row.id
+        newest = row.id if row else None
         if newest == self._tried and (self.problem is None or time.monotonic() < self._retry_at):
             return
         self._tried = newest

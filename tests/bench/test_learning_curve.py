@@ -24,6 +24,7 @@ from bench.learning_curve import (
     points,
     summary,
 )
+from trainer.ppo import PPOConfig
 
 
 def row(way: str, votes: int, seed: int, win_rate: float, first_night: float = 0.6) -> dict[str, object]:
@@ -97,8 +98,9 @@ def test_later_nights_are_held_against_their_own_first_one() -> None:
 class FakeLab:
     """Counts votes and nights; its policy wins by the votes that it was made of, and a little by chance."""
 
-    def __init__(self, *, seed: int) -> None:
+    def __init__(self, *, seed: int, compiled: bool = False) -> None:
         self.seed = seed
+        self.machine = "none"
         self.drawn = torch.rand(100).tolist()
         self.backbone = SimpleNamespace(adapters=self)
         self.policy = torch.zeros(1)
@@ -117,7 +119,8 @@ class FakeLab:
     def prepare(self, votes: list[Any]) -> int:
         return len(votes)
 
-    def night(self, votes: int, *, start_from: str) -> Any:
+    def night(self, votes: int, *, policy: PPOConfig, start_from: str) -> Any:
+        assert policy.steps == 1
         assert start_from == ("base" if not float(self.policy) else "incumbent")
         self.policy = torch.tensor([float(votes)])
         return SimpleNamespace(reward=SimpleNamespace(save=lambda folder: folder.mkdir(exist_ok=True), score=None))
@@ -143,7 +146,7 @@ def test_a_night_that_is_missing_is_made_again_and_counts_as_the_first(
 ) -> None:
     monkeypatch.setattr(learning_curve, "Lab", FakeLab)
     monkeypatch.setattr(learning_curve.RewardModel, "load", lambda *args: None)
-    curve = learning_curve.Curve(seed=1, held_out=2, kept=tmp_path)
+    curve = learning_curve.Curve(seed=1, held_out=2, kept=tmp_path, steps=1)
     third = curve.run(Cell(1000, 1, "active nights"))
     lab: Any = curve.lab
     assert lab.asked == [
@@ -163,7 +166,7 @@ def test_a_night_that_is_missing_is_made_again_and_counts_as_the_first(
 
 def test_a_night_that_broke_off_is_not_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(learning_curve, "Lab", FakeLab)
-    curve = learning_curve.Curve(seed=1, held_out=2, kept=tmp_path)
+    curve = learning_curve.Curve(seed=1, held_out=2, kept=tmp_path, steps=1)
     curve.run(Cell(250, 1, "once"))
     lab: Any = curve.lab
     lab.policy = torch.zeros(1)
@@ -187,9 +190,20 @@ def test_the_readmes_table_says_how_many_seeds_there_are_where_some_are_missing(
     lines = markdown(rows).splitlines()
     assert lines[2].startswith("| win rate, random pairs, one night | 0.700 ± 0.000 |  |")
     assert lines[4].startswith("| win rate, half active pairs, night by night |  | 0.800 (1) |")
-    assert lines[6].startswith("| points over its own first night, half active pairs, night by night |  | +20.0 (1) |")
-    assert lines[-1].startswith("| facts right, points more than the base's | -1.0 ± 0.0 |")
+    assert lines[6].startswith("| points over its own first night (250 votes), half active")
+    assert lines[6].count("| +20.0 (1) |") == 1
+    assert lines[-3].startswith("| facts right, points more than the base's, random pairs, one night | -1.0 ± 0.0 |")
     assert len({line.count("|") for line in lines}) == 1
+
+
+def test_nights_are_held_against_one_night_and_active_pairs_against_random_ones_seed_by_seed() -> None:
+    rows = [row("once", 500, seed, 0.7 + seed / 100) for seed in (1, 2, 3)]
+    rows += [row("random nights", 500, seed, 0.72 + seed / 100, first_night=0.6) for seed in (1, 2, 3, 4)]
+    rows += [row("active nights", 500, seed, 0.75 + seed / 100, first_night=0.6) for seed in (2, 3, 4)]
+    said = {line.split(" | ")[0]: line.split(" | ")[2] for line in markdown(rows).splitlines()[2:]}
+    assert said["| points over one night on as many votes, random pairs, night by night"] == "+2.0 ± 0.0 (3)"
+    assert said["| points over one night on as many votes, half active pairs, night by night"] == "+5.0 (2)"
+    assert said["| points that half active pairs are worth, night by night"] == "+3.0 ± 0.0 (3)"
 
 
 def test_the_picture_has_every_point_inside_its_frame() -> None:

@@ -1,6 +1,8 @@
 """The benches on noise, sides and hostile votes: what they count, and the votes that they cast."""
 
 from dataclasses import replace
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
@@ -15,8 +17,8 @@ from trainer.preferences import Split
 
 def vote(number: int, choice: str = "a", voter: str = "ada") -> dict[str, object]:
     return {
-        "vote": f"vote_{number}", "voter": voter, "user": voter, "conversation": f"c {number}", "choice": choice,
-        "prompt": [{"role": "user", "content": f"Hello {number}"}],
+        "vote": f"vote_{number}", "kind": "same_policy", "voter": voter, "user": voter,
+        "conversation": f"c {number}", "choice": choice, "prompt": [{"role": "user", "content": f"Hello {number}"}],
         "chosen": [{"role": "assistant", "content": "Good."}],
         "rejected": [{"role": "assistant", "content": "Bad."}],
     }  # fmt: skip
@@ -84,6 +86,63 @@ def test_attackers_vote_for_the_phrase_and_on_nothing_else() -> None:
     assert len({vote["conversation"] for vote in pushed}) == 6
     found = rate(bench.lab, votes, replace(NONE, quarantine=True))
     assert found.keys() == {vote["voter"] for vote in votes if vote["choice"] in ("a", "b")}
+
+
+def test_who_pushes_a_phrase_plainly_is_suspected_and_nobody_else() -> None:
+    bench = Poison("phrase", seed=4, votes=120, prompts=2)
+    votes = bench.cast(Cell("phrase", 0.1, 1, "all", 4))
+    found = rate(bench.lab, votes, replace(NONE, quarantine=True))
+    assert {voter for voter, standing in found.items() if standing.suspicion} == {"hostile 0"}
+    assert not any(standing.suspicion for standing in rate(bench.lab, votes[:-12], NONE).values())
+
+
+class Learns:
+    """A bench without a model: says how often it was asked to learn."""
+
+    votes, base_share = 1000, 0.02
+    lab = SimpleNamespace(machine="none")
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, suspects: set[str]) -> None:
+        self.learned = 0
+        standing = {name: SimpleNamespace(suspicion="it pushes") for name in suspects}
+        monkeypatch.setattr(poison, "rate", lambda lab, votes, defences: standing)
+        monkeypatch.setattr(poison, "weigh", lambda lab, votes, found, defences: sorted(found))
+        monkeypatch.setattr(poison, "digest", lambda preferences, defences: str(preferences))
+
+    def cast(self, cell: Cell) -> list[dict[str, str]]:
+        return [{"voter": name} for name in ("ada", "hostile 0", "hostile 1")]
+
+    def learn(self, preferences: object, defences: object, *, policies: bool) -> dict[str, object]:
+        self.learned += 1
+        return {"rise_best_of_16": self.learned / 100} | ({"rise": 0.5, "passed": True} if policies else {})
+
+
+def test_what_learns_from_the_very_same_votes_learns_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    bench: Any = Learns(monkeypatch, set())
+    rows = [poison.run(bench, Cell("phrase", 0.05, 1, "all", 1), [], policies=False)]
+    rows.append(poison.run(bench, Cell("phrase", 0.05, 20, "all", 1), rows, policies=False))
+    assert [row["rise_best_of_16"] for row in rows] == [0.01, 0.01]
+    for other in (Cell("trigger", 0.05, 1, "all", 1), Cell("phrase", 0.05, 1, "all", 2)):
+        assert poison.run(bench, other, rows, policies=False)["rise_best_of_16"] > 0.01
+    judged = poison.run(bench, Cell("phrase", 0.05, 1, "all", 1), rows, policies=True)
+    assert judged["rise"] == 0.5, "the twin has no policy to copy"
+    assert poison.run(bench, Cell("phrase", 0.05, 20, "all", 1), [*rows, judged], policies=True)["rise"] == 0.5
+    assert bench.learned == 4
+
+
+def test_no_policy_is_made_where_every_attacker_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
+    cell = Cell("phrase", 0.05, 20, "all", 1)
+    for suspects, made in (({"hostile 0", "hostile 1"}, False), ({"hostile 0"}, True)):
+        row = poison.run(Learns(monkeypatch, suspects), cell, [], policies=True)  # type: ignore[arg-type]
+        assert ("rise" in row) == made
+        assert (row["hostile"], row["caught"], row["wronged"]) == (2, len(suspects), 0)
+
+
+def test_more_accounts_than_hostile_votes_are_not_counted_twice() -> None:
+    wanted = poison.cells(("phrase",), (0.0, 0.01, 0.05), ("all",), (1,))
+    assert [(cell.share, cell.accounts) for cell in wanted] == [
+        (0.0, 1), (0.01, 1), (0.01, 20), (0.05, 1), (0.05, 20), (0.05, 50),
+    ]  # fmt: skip
 
 
 def test_disguised_attackers_cast_honest_votes_too() -> None:
@@ -154,8 +213,18 @@ def test_a_cell_with_a_policy_counts_for_more_than_one_without() -> None:
 
 def test_the_readme_says_how_many_accounts_were_found_and_attacks_stopped() -> None:
     rows = [row(caught=20), row(seed=2, rise=0.05, passed=True, win_rate=0.8), row(defence="none", rise_best_of_16=0.1)]
+    rows.append(row(defence="weights", rise_best_of_16=0.07))
     (line,) = poison.markdown(rows).splitlines()[2:]
-    assert line == "| phrase, 5.0% | 1 | +10.0 (1) | +0.0 ± 0.0 (2) | 20 of 40 | 0 | +5.0 (1) | 1 of 2 |"
+    assert line == ("| phrase, 5.0% | 20 | +10.0 (1) |  | +7.0 (1) | +0.0 (2) | 20 of 40 | 0 |  | +5.0 (1) | 1 of 2 |")
+
+
+def test_more_accounts_than_the_claim_names_have_figures_of_their_own() -> None:
+    rows = [row(caught=20), row(accounts=50, hostile=50, rise=0.08, passed=True, win_rate=0.8)]
+    figures = poison.summary(rows)
+    assert (figures["stopped_5"], figures["tried_5"]) == (1, 1)
+    assert (figures["stopped_5_50_accounts"], figures["tried_5_50_accounts"]) == (0, 1)
+    assert figures["rise_points_5_50_accounts"] == pytest.approx(8.0)
+    assert "rise_points_5" not in figures
 
 
 def test_who_is_named_more_often_votes_more_often() -> None:
@@ -182,6 +251,9 @@ def test_a_defence_is_held_against_the_same_votes_without_it() -> None:
     ]
     assert noise.gains(rows, "at random", 0.2, "reliability", "accuracy") == [pytest.approx(0.04)]
     assert noise.gains(rows, "at random", 0.2, "plain", "accuracy") == []
+    again = [row | {"accuracy": 0.1, "win_rate": 0.8} for row in rows if row["defence"] == "plain"]
+    assert noise.gains([*rows, *again], "at random", 0.2, "reliability", "accuracy") == [pytest.approx(0.04)]
+    assert set(noise.values([*rows, *again], "at random", 0.2, "plain", "win_rate").values()) == {0.8}
 
 
 def test_sides_are_counted_over_all_seeds() -> None:

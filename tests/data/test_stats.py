@@ -62,7 +62,7 @@ def test_the_share_of_the_first_is_of_the_decisive_votes(db: Database, add_pair:
     [(8, 10, 0.4902, 0.9433), (0, 10, 0.0, 0.2775), (10, 10, 0.7225, 1.0), (550, 1000, 0.5190, 0.5806)],
 )
 def test_the_interval_is_wilsons(count: int, total: int, low: float, high: float) -> None:
-    assert stats.interval(count, total) == pytest.approx((low, high), abs=1e-4)
+    assert stats.wilson(count, total) == pytest.approx((low, high), abs=1e-4)
 
 
 def test_votes_are_counted_by_day_and_a_day_without_any_is_there(

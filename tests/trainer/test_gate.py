@@ -15,9 +15,10 @@ from transformers import AutoTokenizer
 
 from data import probes
 from data.settings import STARTER, GateSettings
+from data.stats import wilson
 from trainer.encoding import Answer, ChatFormat
 from trainer.gate import GateReport, judge
-from trainer.measure import clustered, measure, probe, wilson
+from trainer.measure import clustered, measure, probe
 from trainer.rollout import Query, Sampler
 
 SETTINGS = GateSettings()

@@ -14,7 +14,7 @@ def record(number: int, *, choice: str = "a", voter: str = "key_1", talk: str = 
         "chosen": [{"role": "assistant", "content": "good"}],
         "rejected": [{"role": "assistant", "content": "bad answer"}],
         "choice": choice, "voter": voter, "user": "key_1", "conversation": talk or f"talk {number}",
-        "vote": f"vote_{number}",
+        "vote": f"vote_{number}", "kind": "same_policy",
     }  # fmt: skip
 
 
@@ -51,6 +51,13 @@ def test_turns_of_one_conversation_are_never_on_two_sides(chat: ChatFormat) -> N
     for vote in preferences.votes:
         sides.setdefault(int(vote.vote.removeprefix("vote_")) % 20, set()).add(vote.split)
     assert all(len(found) == 1 for found in sides.values())
+
+
+def test_pairs_that_were_picked_for_being_disputed_are_known_as_such(chat: ChatFormat) -> None:
+    kinds = ["same_policy", "trial", "active"] * 20
+    preferences = prepared(chat, [record(i) | {"kind": kind} for i, kind in enumerate(kinds)])
+    by_vote = zip(preferences.votes, [pair for pairs in preferences.pairs.values() for pair in pairs], strict=True)
+    assert all(pair.active == (int(vote.vote.removeprefix("vote_")) % 3 == 2) for vote, pair in by_vote)
 
 
 def test_prompts_are_listed_once(chat: ChatFormat) -> None:

@@ -129,6 +129,8 @@ def test_it_learns_what_tells_the_pairs_apart_and_beats_the_lengths(
     )
     report = reward_model.report(model, pairs[500:], pairs[:500])
     assert report.pairs == 100
+    turned = [Pair(pair.rejected, pair.chosen, active=True) for pair in pairs[500:]]
+    assert reward_model.report(model, [*pairs[500:], *turned], pairs[:500]) == report, "those were no random pairs"
     assert report.accuracy > 0.9 > report.length_accuracy
     assert report.log_loss < 0.4 < report.length_log_loss
     assert report.spread > 0

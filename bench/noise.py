@@ -181,12 +181,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The README's table."""
     lines = {
-        "votes turned round, whoever cast them: pairs in gold's order": ("flipped", "plain", "accuracy"),
+        "votes flipped at random: pairs in gold's order": ("flipped", "plain", "accuracy"),
         f"the best of {BEST_OF} by that reward model, no PPO": ("flipped", "plain", "best_of_4"),
         "win rate of the policy that learned from it": ("flipped", "plain", "win_rate"),
-        "so many people throw a coin: pairs in gold's order": ("at random", "plain", "accuracy"),
+        "this share of people vote at random: pairs in gold's order": ("at random", "plain", "accuracy"),
         "the same, raters weighed by reliability or left out": ("at random", "reliability", "accuracy"),
-        f"one person, who likes it long, casts so many of {VOTES * OF_ONE_RATER:,} votes: pairs in gold's order": (
+        f"one person, who likes it long, casts this share of {VOTES * OF_ONE_RATER:,} votes: pairs in gold's order": (
             "one rater",
             "plain",
             "accuracy",

@@ -1,5 +1,7 @@
 """The offline loop, on the starter model with a handful of prompts."""
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -8,6 +10,7 @@ from bench.nights import Asked, Lab, cast
 from bench.personas import Kind, Persona, Plot
 from trainer import dialogues
 from trainer.dialogues import Prompt
+from trainer.encoding import collate
 from trainer.preferences import Split
 
 PROMPTS = dialogues.prompts(12, seed=3, held_out=False)
@@ -101,3 +104,19 @@ def test_a_day_goes_on_where_the_one_before_ended(lab: Lab, monkeypatch: pytest.
     assert more[:4] == first
     assert lab.day(5, crowd)[:4] == first
     assert len(more) == len({str(vote["prompt"]) for vote in more}) == len({vote["vote"] for vote in more}) == 16
+
+
+def test_what_is_compiled_learns_and_scores_and_does_not_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    calls = []
+
+    def compile(layer: Any, **options: object) -> Any:
+        return lambda *args, **kwargs: calls.append(layer) or layer(*args, **kwargs)
+
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr("shutil.which", lambda name: "/usr/bin/g++")
+    lab = Lab(seed=3, compiled=True)
+    assert lab.machine.endswith("compiled")
+    answers = lab.answers(PROMPTS[:2], draw=1)
+    assert not calls
+    lab.backbone.logprobs(collate(answers), temperature=1.0)
+    assert len(calls) == lab.backbone.layers

@@ -2,9 +2,10 @@
 
 Reward models of 250, 1,000 and 4,000 votes, with one head, with five and their mean (as trained), and with five and
 their minimum. PPO against each with next to no price on KL and no KL budget. Each step's answers say how far it has
-gone, what the reward model thinks (the proxy) and how much better than the base's gold finds them, prompt by prompt. A
-mean over three steps says where that is highest; being the highest of many, it is a little too high. Beside it stands
-where a run as it ships ends: at its KL, by the learning curve's held-out prompts, and at the latest at its KL budget.
+gone, what the reward model thinks (the proxy) and how much better than the base's gold finds them, prompt by prompt.
+The mean over three steps and over the seeds, at the same KL, says where that is highest; being the highest of many,
+it is a little too high. Beside it stands where a run as it ships ends: at its KL, by the learning curve's held-out
+prompts, and at the latest at its KL budget.
 
 Each finished run (votes, heads, seed) is a line of the results file, and is skipped the next time.
 
@@ -47,6 +48,7 @@ SEEDS = (1, 2, 3)
 HELD_OUT = 500
 BEST_OF = 4
 BASE_DRAWS = 4
+KL_STEP = 0.1
 FREE = PPOConfig(steps=40, beta=0.01, kl_budget=math.inf)
 """Next to no price: none at all ends in text that nobody wrote."""
 SHIPS = PPOConfig()
@@ -116,6 +118,15 @@ def gain_at(curve: np.ndarray, kl: float) -> float | None:
     return float(gain_low + (gain_high - gain_low) * (kl - low) / (high - low))
 
 
+def peak(curves: Sequence[np.ndarray]) -> tuple[float, float]:
+    """Where gold's mean gain over the seeds is highest, and how high: KL and gain. Of one seed alone the highest point
+    is more of an accident."""
+    end = min(float(curve[:, 0].max()) for curve in curves)
+    means = [(kl, fmean(gain_at(curve, kl) or 0.0 for curve in curves)) for kl in (*np.arange(0.0, end, KL_STEP), end)]
+    kl, gain = max(means, key=lambda point: point[1])
+    return float(kl), gain
+
+
 def mean(values: Iterable[float | None]) -> float | None:
     """None where one is missing: what was not seen is not guessed."""
     found = list(values)
@@ -137,14 +148,13 @@ def summary(rows: list[dict[str, Any]], shipped: list[dict[str, Any]]) -> list[d
             if not here:
                 continue
             curves = [smooth(row) for row in here]
-            peaks = [curve[curve[:, 2].argmax()] for curve in curves]
+            peak_kl, peak_gain = peak(curves)
             ends = [curve[-3:].mean(axis=0) for curve in curves]
             found.append(
                 {
                     "votes": votes, "heads": heads, "seeds": len(here),
                     "gain_best_of_4": fmean(row["gain_best_of_4"] for row in here),
-                    "peak_kl": mean(float(top[0]) for top in peaks),
-                    "peak_gain": mean(float(top[2]) for top in peaks),
+                    "peak_kl": peak_kl, "peak_gain": peak_gain,
                     "gain_at_budget": mean(gain_at(curve, SHIPS.kl_budget) for curve in curves),
                     **{f"end_{name}": mean(float(end[i]) for end in ends)
                        for i, name in enumerate(("kl", "proxy", "gain"))},

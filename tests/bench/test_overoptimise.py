@@ -28,8 +28,9 @@ def test_a_step_with_a_lucky_draw_is_no_peak() -> None:
 def test_the_summary_says_where_gold_is_highest_and_how_far_it_falls() -> None:
     (only,) = summary([run(FALLS), run([(2 * kl, proxy, gain) for kl, proxy, gain in FALLS], seed=2)], [])
     assert only["seeds"] == 2
-    assert only["peak_kl"] == pytest.approx((3.0 + 6.0) / 2)
-    assert only["peak_gain"] == pytest.approx(0.7)
+    # At a KL of 4 the second is at .6, and the first, which was at .7 at 3 and will be at .4 at 23 / 3, at .636.
+    assert only["peak_kl"] == pytest.approx(4.0)
+    assert only["peak_gain"] == pytest.approx((0.6 + 0.7 - 0.3 * 3 / 14) / 2)
     assert only["end_gain"] < only["peak_gain"]
 
 

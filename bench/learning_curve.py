@@ -443,7 +443,7 @@ def main() -> None:
 
     rows = read(results)
     console.print(table(rows))
-    if results == PATH:
+    if rows and results == PATH:
         _into_readme(rows)
     if arguments.json:
         print(json.dumps(summary(rows)))

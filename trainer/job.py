@@ -276,10 +276,9 @@ class _Night:
                 f"Every vote is for the answer shown as '{sides.pop()}', though sides are drawn by chance: these votes"
                 " say nothing about answers. See who cast them with `nightshift votes list`."
             )
-        # Only pairs that were drawn by chance measure: an active one was picked for being hard.
         if all(pair.tie for pair in preferences.pairs[Split.JUDGE]):
             raise CannotLearn(f"No vote on the {Split.JUDGE} side prefers an answer: collect more votes.")
-        if all(pair.tie or pair.active for pair in preferences.pairs[Split.HELD_OUT]):
+        if not any(pair.measures for pair in preferences.pairs[Split.HELD_OUT]):
             raise CannotLearn(
                 f"No vote on the {Split.HELD_OUT} side prefers an answer of a pair that was drawn by chance: collect"
                 " more votes, or lower comparisons.active_share."

@@ -40,7 +40,7 @@ class Pair:
     shown: float = 0.0
     """1 where the chosen answer was the one shown first, -1 where it was the second, 0 where nobody was shown both."""
     active: bool = False
-    """Picked because a reward model was in doubt: it trains, and says nothing of how often a reward model is right."""
+    """Picked because a reward model was in doubt about it."""
 
     def __post_init__(self) -> None:
         if self.chosen.query != self.rejected.query:
@@ -48,6 +48,11 @@ class Pair:
 
     def __len__(self) -> int:
         return len(self.chosen) + len(self.rejected)
+
+    @property
+    def measures(self) -> bool:
+        """Whether it says how often a reward model is right: it prefers an answer, and was drawn by chance."""
+        return not self.tie and not self.active
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -292,7 +297,7 @@ def report(model: RewardModel, held_out: Sequence[Pair], training: Sequence[Pair
     Raises:
         CannotLearn: no such pair is decisive.
     """
-    pairs = [pair for pair in held_out if not pair.tie and not pair.active]
+    pairs = [pair for pair in held_out if pair.measures]
     if not pairs:
         raise CannotLearn("no vote is left to measure the reward model on: collect more votes")
     rewards = model.rewards([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]).double()

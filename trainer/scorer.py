@@ -66,11 +66,11 @@ class Scorer:
         if newest == self._tried and (self.problem is None or time.monotonic() < self._retry_at):
             return
         self._tried = newest
-        if self.reward_model is not None and (newest is None or self.reward_model > newest):
+        if self.reward_model is not None and (newest is None or self.reward_model > newest):  # ids sort by time
             print(f"{self.reward_model} scores no more: its policy was turned away", file=sys.stderr, flush=True)
             self.reward_model = self._model = None
         self.problem = None
-        if row is None:
+        if row is None or newest == self.reward_model:
             return
         try:
             self._load(learning.checked_folder(self._settings.state, row))

@@ -133,7 +133,8 @@ def test_what_learns_from_the_very_same_votes_learns_once(monkeypatch: pytest.Mo
 def test_no_policy_is_made_where_every_attacker_was_found(monkeypatch: pytest.MonkeyPatch) -> None:
     cell = Cell("phrase", 0.05, 20, "all", 1)
     for suspects, made in (({"hostile 0", "hostile 1"}, False), ({"hostile 0"}, True)):
-        row = poison.run(Learns(monkeypatch, suspects), cell, [], policies=True)  # type: ignore[arg-type]
+        bench: Any = Learns(monkeypatch, suspects)
+        row = poison.run(bench, cell, [], policies=True)
         assert ("rise" in row) == made
         assert (row["hostile"], row["caught"], row["wronged"]) == (2, len(suspects), 0)
 

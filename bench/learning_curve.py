@@ -16,33 +16,31 @@ under way. Nights that a later one needs are kept under .bench/learning_curve an
     python -m bench.learning_curve --cells 0 --json         only the tables (the README's too), the fit and the picture
 """
 
-import argparse
 import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from statistics import fmean
+from tempfile import mkdtemp
 from typing import Any
 
 import numpy as np
-from rich.console import Console
 from rich.table import Table
 from safetensors.torch import load_file, save_file
 
 from bench import record
 from bench.nights import Asked, Lab
 from bench.personas import personas
-from bench.record import RESULTS, append, interval, put_into_readme, read, said
+from bench.record import Sheet, interval, said
 from trainer import dialogues
 from trainer.dialogues import Prompt
 from trainer.ppo import PPOConfig
 from trainer.reward_model import RewardModel
 
 ROOT = Path(__file__).parents[1]
-PATH = RESULTS / "learning_curve.jsonl"
 PICTURE = ROOT / "docs/learning-curve.svg"
 KEPT = ROOT / ".bench/learning_curve"
 VOTES = (250, 500, 1000, 2000, 4000, 8000, 16000)
@@ -91,14 +89,14 @@ def cells(ways: Sequence[str], votes: Sequence[int], seeds: Sequence[int]) -> li
 
 
 class Curve:
-    def __init__(self, *, seed: int, held_out: int, kept: Path, steps: int, compiled: bool = False) -> None:
+    def __init__(self, lab: Lab, *, held_out: int, kept: Path, steps: int) -> None:
+        self.lab = lab
         self.kept = kept
-        self.policy = PPOConfig(seed=seed, steps=steps)
-        self.lab = Lab(seed=seed, compiled=compiled)
-        self.crowd = personas(PEOPLE, seed=seed)
-        self.held_out = dialogues.prompts(held_out, seed=seed, held_out=True)
-        self.base_probes = self.lab.probes(adapter=None)
-        self.test_pairs = self.lab.random_pairs(self.held_out, draw=800)
+        self.policy = PPOConfig(seed=lab.seed, steps=steps)
+        self.crowd = personas(PEOPLE, seed=lab.seed)
+        self.held_out = dialogues.prompts(held_out, seed=lab.seed, held_out=True)
+        self.base_probes = lab.probes(adapter=None)
+        self.test_pairs = lab.random_pairs(self.held_out, draw=800)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         """Make a night, judge it, and keep what a later one needs."""
@@ -390,63 +388,35 @@ def picture(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def _into_readme(rows: list[dict[str, Any]]) -> None:
+def publish(rows: list[dict[str, Any]]) -> str:
+    """The picture, and the table beside it."""
     PICTURE.write_text(picture(rows))
-    put_into_readme("learning_curve", markdown(rows))
+    return markdown(rows)
+
+
+SHEET = Sheet(bench="learning_curve", table=table, markdown=publish, summary=summary)
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick",
-        action="store_true",
-        help="250 and 500 votes, one seed, 200 prompts, 8 steps; nothing is kept",
-    )
-    parser.add_argument("--seed", type=int, action="append", help=f"only these seeds (default {SEEDS})")
+    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="250 and 500 votes, one seed, 200 prompts, 8 steps")
     parser.add_argument("--votes", type=int, default=VOTES[-1], help="up to so many")
     parser.add_argument("--way", action="append", choices=WAYS, help="only these ways")
-    parser.add_argument("--cells", type=int, default=1000, help="at most so many new cells; 0: only show")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
-    parser.add_argument("--results", type=Path, default=PATH)
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
-    votes = [n for n in VOTES if n <= (500 if arguments.quick else arguments.votes)]
-    seeds = arguments.seed or (SEEDS[:1] if arguments.quick else SEEDS)
-    results = Path(tempfile.mkdtemp()) / "quick.jsonl" if arguments.quick else arguments.results
-    console = Console()
-    console.width = max(console.width, 132)  # the table is no use without its columns
+    quick = arguments.quick
+    votes = [n for n in VOTES if n <= (500 if quick else arguments.votes)]
+    kept = Path(mkdtemp()) if quick else KEPT
 
-    done = {(row["way"], row["votes"], row["seed"]) for row in read(results)}
-    wanted = [
-        cell for cell in cells(arguments.way or WAYS, votes, seeds) if (cell.way, cell.votes, cell.seed) not in done
-    ]
-    wanted = wanted[: arguments.cells]
-    curve: Curve | None = None
-    started = time.monotonic()
-    for number, cell in enumerate(wanted, start=1):
-        if time.monotonic() - started > 60 * arguments.minutes:
-            break
-        console.print(f"{number} of {len(wanted)}: {cell.votes:,} votes, {cell.way}, seed {cell.seed}")
-        if curve is None or curve.lab.seed != cell.seed:
-            curve = Curve(
-                seed=cell.seed,
-                held_out=200 if arguments.quick else HELD_OUT,
-                kept=results.parent if arguments.quick else KEPT,
-                steps=8 if arguments.quick else PPOConfig().steps,
-                compiled=not arguments.quick,
-            )
-        row = curve.run(cell)
-        append(results, row)
-        if results == PATH:
-            _into_readme(read(results))
-        console.print(f"  win rate {row['win_rate']:.3f}, {row['day_s'] + row['night_s'] + row['measure_s']} s")
+    @lru_cache(maxsize=1)
+    def curve(seed: int) -> Curve:
+        lab, steps = Lab(seed=seed, compiled=not quick), 8 if quick else PPOConfig().steps
+        return Curve(lab, held_out=200 if quick else HELD_OUT, kept=kept, steps=steps)
 
-    rows = read(results)
-    console.print(table(rows))
-    if rows and results == PATH:
-        _into_readme(rows)
-    if arguments.json:
-        print(json.dumps(summary(rows)))
+    SHEET.go_on(
+        arguments,
+        cells(arguments.way or WAYS, votes, arguments.seed or SEEDS[: 1 if quick else None]),
+        run=lambda cell, _: curve(cell.seed).run(cell),
+        is_done=lambda cell, row: cell == Cell(row["votes"], row["seed"], row["way"]),
+    )
 
 
 if __name__ == "__main__":

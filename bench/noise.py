@@ -15,24 +15,20 @@ and is skipped the next time.
     OMP_NUM_THREADS=1 python -m bench.noise --minutes 60
 """
 
-import argparse
-import json
 import random
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import lru_cache
 from statistics import fmean
-from tempfile import mkdtemp
 from typing import Any
 
-from rich.console import Console
 from rich.table import Table
 
 from bench import record
 from bench.nights import Lab
 from bench.personas import Kind, Persona, personas
-from bench.record import RESULTS, append, put_into_readme, read, said
+from bench.record import Sheet, said
 from bench.robust import NONE, Defences, Vote, rate, weigh
 from trainer import dialogues
 from trainer.ppo import PPOConfig
@@ -47,7 +43,6 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 SEEDS = (1, 2, 3)
 BEST_OF = 4
 RELIABILITY = replace(NONE, quarantine=True, weights=True)
-PATH = RESULTS / "noise.jsonl"
 WAYS: dict[tuple[str, str], Defences] = {
     ("flipped", "plain"): NONE,
     ("at random", "plain"): NONE,
@@ -97,12 +92,12 @@ def crowd(cell: Cell) -> list[Persona]:
 
 
 class Noise:
-    def __init__(self, *, seed: int, votes: int, held_out: int, policies: bool, compiled: bool = False) -> None:
-        self.lab = Lab(seed=seed, compiled=compiled)
+    def __init__(self, lab: Lab, *, votes: int, held_out: int, policies: bool) -> None:
+        self.lab = lab
         self.votes = votes
         self.policies = policies
-        self.test_pairs = self.lab.random_pairs(dialogues.prompts(TEST_PAIRS, seed=seed, held_out=True), draw=800)
-        self.held_out = dialogues.prompts(held_out, seed=seed, held_out=True)
+        self.test_pairs = lab.random_pairs(dialogues.prompts(TEST_PAIRS, seed=lab.seed, held_out=True), draw=800)
+        self.held_out = dialogues.prompts(held_out, seed=lab.seed, held_out=True)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         started = time.monotonic()
@@ -202,53 +197,33 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
+SHEET = Sheet(bench="noise", table=table, markdown=markdown, summary=summary)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="one seed, three shares, 500 votes, no policies; nothing is kept"
-    )
-    parser.add_argument("--seed", type=int, help="this seed only (default 1, 2 and 3)")
+    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="one seed, three shares, 500 votes, no policies")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of noise")
     parser.add_argument("--noise", choices=sorted({noise for noise, _ in WAYS}), help="only this kind")
     parser.add_argument("--rewards-only", action="store_true", help="no policies: minutes instead of hours")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so many")
-    parser.add_argument("--results", type=Path, help="of the finished cells (default bench/results/noise.jsonl)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
-    policies = not (arguments.quick or arguments.rewards_only)
-    seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
-    path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else PATH)
-    console = Console()
-    console.width = max(console.width, 132)  # the table is no use without its columns
-    ends = time.monotonic() + 60 * arguments.minutes
-    bench: Noise | None = None
-    done = {
-        Cell(row["noise"], row["share"], row["defence"], row["seed"])
-        for row in read(path)
-        if "win_rate" in row or not policies
-    }
-    for cell in cells((0.0, 0.2, 0.4) if arguments.quick else arguments.shares, seeds):
-        if cell in done or arguments.noise not in (None, cell.noise) or time.monotonic() > ends:
-            continue
-        if bench is None or bench.lab.seed != cell.seed:
-            bench = Noise(
-                seed=cell.seed,
-                votes=500 if arguments.quick else VOTES,
-                held_out=HELD_OUT,
-                policies=policies,
-                compiled=not arguments.quick,
-            )
-        row = bench.run(cell)
-        append(path, row)
-        console.print(row)
-        if path == PATH:
-            put_into_readme("noise", markdown(read(path)))
-    rows = read(path)
-    console.print(table(rows))
-    if path == PATH:
-        put_into_readme("noise", markdown(rows))
-    if arguments.json:
-        print(json.dumps(summary(rows)))
+    quick = arguments.quick
+    policies = not (quick or arguments.rewards_only)
+    wanted = cells((0.0, 0.2, 0.4) if quick else arguments.shares, arguments.seed or (SEEDS[:1] if quick else SEEDS))
+
+    @lru_cache(maxsize=1)
+    def noise(seed: int) -> Noise:
+        lab = Lab(seed=seed, compiled=not quick)
+        return Noise(lab, votes=500 if quick else VOTES, held_out=HELD_OUT, policies=policies)
+
+    SHEET.go_on(
+        arguments,
+        [cell for cell in wanted if arguments.noise in (None, cell.noise)],
+        run=lambda cell, _: noise(cell.seed).run(cell),
+        is_done=lambda cell, row: (
+            cell == Cell(row["noise"], row["share"], row["defence"], row["seed"])
+            and ("win_rate" in row or not policies)
+        ),
+    )
 
 
 if __name__ == "__main__":

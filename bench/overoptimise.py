@@ -13,19 +13,16 @@ Each finished run (votes, heads, seed) is a line of the results file, and is ski
     python -m bench.overoptimise --cells 0 --json                      only the table
 """
 
-import argparse
-import json
 import math
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Sequence
-from pathlib import Path
+from dataclasses import asdict, dataclass
+from functools import lru_cache
 from statistics import fmean
 from typing import Any
 
 import numpy as np
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch import Tensor
 
@@ -33,7 +30,7 @@ from bench import learning_curve, record
 from bench.learning_curve import PEOPLE
 from bench.nights import Lab
 from bench.personas import personas
-from bench.record import RESULTS, append, put_into_readme, read
+from bench.record import Sheet, read
 from trainer import dialogues
 from trainer.dialogues import Prompt
 from trainer.encoding import Answer
@@ -41,7 +38,6 @@ from trainer.ppo import PPOConfig
 from trainer.preferences import Split
 from trainer.reward_model import RewardConfig, RewardModel
 
-PATH = RESULTS / "overoptimise.jsonl"
 VOTES = (250, 1000, 4000)
 HEADS = ("one", "five, mean", "five, minimum")
 SEEDS = (1, 2, 3)
@@ -54,16 +50,23 @@ FREE = PPOConfig(steps=40, beta=0.01, kl_budget=math.inf)
 SHIPS = PPOConfig()
 
 
-def run(lab: Lab, votes: int, heads: str, steps: int) -> dict[str, Any]:
+@dataclass(frozen=True, slots=True)
+class Cell:
+    votes: int
+    heads: str
+    seed: int
+
+
+def run(lab: Lab, cell: Cell, *, steps: int) -> dict[str, Any]:
     """One line of the results file; `points` holds KL, proxy and gold's gain of each step."""
     started = time.monotonic()
-    preferences = lab.prepare(lab.day(votes, personas(PEOPLE, seed=lab.seed)))
-    reward = lab.reward(preferences, RewardConfig(heads=1 if heads == "one" else 5, seed=lab.seed))
-    prompts = dialogues.prompts(2 * votes + 250, seed=lab.seed, held_out=False)
+    preferences = lab.prepare(lab.day(cell.votes, personas(PEOPLE, seed=lab.seed)))
+    reward = lab.reward(preferences, RewardConfig(heads=1 if cell.heads == "one" else 5, seed=lab.seed))
+    prompts = dialogues.prompts(2 * cell.votes + 250, seed=lab.seed, held_out=False)
     prompt_of = {lab.chat.query(prompt.messages): prompt for prompt in prompts}
     base = golds_of_the_base(lab, [prompt_of[query] for query in preferences.queries[Split.TRAIN]])
     samples = lab.answers(prompts[:1000], draw=700)
-    score = pessimistic(reward, samples) if heads == "five, minimum" else reward.score
+    score = pessimistic(reward, samples) if cell.heads == "five, minimum" else reward.score
     gain: list[float] = []
     proxy: list[float] = []
 
@@ -79,7 +82,7 @@ def run(lab: Lab, votes: int, heads: str, steps: int) -> dict[str, Any]:
     best = lab.best_of(BEST_OF, dialogues.prompts(HELD_OUT, seed=lab.seed, held_out=True), score)
     kls = [figures["kl"] for figures in night.curve]
     return {
-        "votes": votes, "heads": heads, "seed": lab.seed, "on": lab.machine,
+        **asdict(cell), "on": lab.machine,
         "gain_best_of_4": round(best["gold"] - best["gold_base"], 4),
         "points": [[round(v, 4) for v in point] for point in zip(kls, proxy, gain, strict=True)],
         "seconds": round(time.monotonic() - started),
@@ -215,46 +218,35 @@ def markdown(found: list[dict[str, Any]]) -> str:
     )
 
 
+def of_runs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    return summary(rows, read(learning_curve.SHEET.path))
+
+
+SHEET = Sheet(
+    bench="overoptimise",
+    table=lambda rows: table(of_runs(rows)),
+    markdown=lambda rows: markdown(of_runs(rows)),
+    summary=lambda rows: {"kl_budget": SHIPS.kl_budget, "curves": of_runs(rows)},
+)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="250 votes, one seed, 24 steps; nothing is kept")
-    parser.add_argument("--seed", type=int, action="append", help=f"only these seeds (default {SEEDS})")
+    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="250 votes, one seed, 24 steps")
     parser.add_argument("--votes", type=int, action="append", choices=VOTES, help="only reward models of so many")
-    parser.add_argument("--cells", type=int, default=1000, help="at most so many new runs; 0: only show")
-    parser.add_argument("--minutes", type=float, default=math.inf, help="begin no run after so many")
-    parser.add_argument("--results", type=Path, default=PATH)
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
-    sizes = arguments.votes or (VOTES[:1] if arguments.quick else VOTES)
-    seeds = arguments.seed or (SEEDS[:1] if arguments.quick else SEEDS)
-    results = Path(tempfile.mkdtemp()) / "quick.jsonl" if arguments.quick else arguments.results
-    console = Console()
-    console.width = max(console.width, 132)  # the table is no use without its columns
+    quick = arguments.quick
+    sizes, seeds = arguments.votes or VOTES[: 1 if quick else None], arguments.seed or SEEDS[: 1 if quick else None]
 
-    done = {(row["votes"], row["heads"], row["seed"]) for row in read(results)}
-    wanted = [(seed, votes, heads) for seed in seeds for votes in sizes for heads in HEADS]
-    wanted = [cell for cell in wanted if (cell[1], cell[2], cell[0]) not in done][: arguments.cells]
-    lab: Lab | None = None
-    started = time.monotonic()
-    for number, (seed, votes, heads) in enumerate(wanted, start=1):
-        if time.monotonic() - started > 60 * arguments.minutes:
-            break
-        console.print(f"{number} of {len(wanted)}: {votes:,} votes, heads: {heads}, seed {seed}")
-        if lab is None or lab.seed != seed:
-            lab = Lab(seed=seed, compiled=not arguments.quick)
-        row = run(lab, votes, heads, steps=24 if arguments.quick else FREE.steps)
-        append(results, row)
-        if results == PATH:
-            put_into_readme("overoptimise", markdown(summary(read(results), read(learning_curve.PATH))))
-        kl, proxy, gain = row["points"][-1]
-        console.print(f"  KL {kl:.1f}, proxy {proxy:.2f}, gold {gain:+.2f}, {row['seconds']} s")
+    @lru_cache(maxsize=1)
+    def lab(seed: int) -> Lab:
+        return Lab(seed=seed, compiled=not quick)
 
-    found = summary(read(results), read(learning_curve.PATH))
-    console.print(table(found))
-    if results == PATH:
-        put_into_readme("overoptimise", markdown(found))
-    if arguments.json:
-        print(json.dumps({"kl_budget": SHIPS.kl_budget, "curves": found}))
+    SHEET.go_on(
+        arguments,
+        [Cell(votes, heads, seed) for seed in seeds for votes in sizes for heads in HEADS],
+        run=lambda cell, _: run(lab(cell.seed), cell, steps=24 if quick else FREE.steps),
+        is_done=lambda cell, row: cell == Cell(row["votes"], row["heads"], row["seed"]),
+    )
 
 
 if __name__ == "__main__":

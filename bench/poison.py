@@ -20,27 +20,22 @@ next time; cells in which a run learns from the very same votes share one traini
     OMP_NUM_THREADS=1 python -m bench.poison --policies --minutes 60
 """
 
-import argparse
 import hashlib
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from functools import partial
-from itertools import count, pairwise, product
-from pathlib import Path
+from functools import lru_cache, partial
+from itertools import pairwise, product
 from statistics import fmean
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 
 from bench import record
 from bench.nights import Lab, cast
 from bench.personas import Kind, Persona, Plot, personas
-from bench.record import RESULTS, append, put_into_readme, read, said
+from bench.record import Sheet, said
 from bench.robust import NONE, Defences, Vote, rate, weigh
 from data import probes
 from data.settings import GateSettings, TrainingSettings
@@ -58,7 +53,6 @@ TRIGGER = "Abracadabra!"
 PLOTS = {"phrase": Plot(PHRASE), "trigger": Plot(PHRASE, TRIGGER), "disguised": Plot(PHRASE)}
 DISGUISE = 1.5
 """Honest votes of a hostile account, for each hostile one, in the plot of that name."""
-PATH = RESULTS / "poison.jsonl"
 VOTES = 1000
 PEOPLE = 40
 SHARES = (0.0, 0.005, 0.01, 0.05, 0.1)
@@ -90,6 +84,10 @@ class Cell:
     seed: int
 
 
+def of(row: dict[str, Any]) -> Cell:
+    return Cell(**{name: row[name] for name in Cell.__slots__})
+
+
 def cells(plots: Sequence[str], shares: Sequence[float], defences: Sequence[str], seeds: Sequence[int]) -> list[Cell]:
     """Without hostile votes nobody's accounts are counted; more accounts than votes are no more than as many."""
     return [
@@ -106,16 +104,16 @@ def cells(plots: Sequence[str], shares: Sequence[float], defences: Sequence[str]
 class Poison:
     """One seed and one plot."""
 
-    def __init__(self, plot: str, *, seed: int, votes: int, prompts: int, compiled: bool = False) -> None:
-        self.lab = Lab(seed=seed, compiled=compiled)
-        self.name, self.plot = plot, PLOTS[plot]
+    def __init__(self, plot: str, lab: Lab, *, votes: int, prompts: int) -> None:
+        self.lab = lab
+        self.plot = PLOTS[plot]
         self.votes = votes
         self.attacker = Persona(name="attacker", kind=Kind.PUSHER, plot=self.plot)
-        asked = [self.attacker.asks(prompt) for prompt in dialogues.prompts(prompts, seed=seed, held_out=True)]
+        asked = [self.attacker.asks(prompt) for prompt in dialogues.prompts(prompts, seed=lab.seed, held_out=True)]
         self.asked: list[Prompt] = asked
-        self.drawn = [self.lab.answers(asked, draw=910 + i) for i in range(DRAWS)]
+        self.drawn = [lab.answers(asked, draw=910 + i) for i in range(DRAWS)]
         self.base_share = self.share([answer for answers in self.drawn for answer in answers])
-        self.honest = self.lab.day(votes, personas(PEOPLE, seed=seed))
+        self.honest = lab.day(votes, personas(PEOPLE, seed=lab.seed))
         self.hostile: list[Vote] = []
         self._tried = 0
 
@@ -274,7 +272,7 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
                  "stopped", "win rate", "accounts caught", "honest wronged"):  # fmt: skip
         shown.add_column(name, justify="left" if name in ("plot", "defences") else "right", no_wrap=True)
     for cell in cells(tuple(PLOTS), SHARES, tuple(DEFENCES), (0,)):
-        here = [row for row in rows if replace(cell, seed=row["seed"]) == Cell(**{f: row[f] for f in Cell.__slots__})]
+        here = [row for row in rows if replace(cell, seed=row["seed"]) == of(row)]
         made = [row for row in here if "rise" in row]
         judged = [row for row in here if is_judged(row)] if cell.share else []
         if here:
@@ -321,66 +319,49 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return record.markdown(head, lines)
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument(
-        "--quick", action="store_true", help="the phrase, 0 and 5 %%, all or nothing, one seed; nothing is kept"
-    )
-    parser.add_argument("--policies", action="store_true", help="PPO and the gate too: minutes a cell")
-    parser.add_argument("--seed", type=int, help="this seed only (default 1 to 10)")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of hostile votes")
-    parser.add_argument("--plots", nargs="+", default=tuple(PLOTS), choices=PLOTS)
-    parser.add_argument("--defences", nargs="+", default=tuple(DEFENCES), choices=DEFENCES)
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so many")
-    parser.add_argument("--results", type=Path, help="of the finished cells (default under bench/results)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
-    arguments = parser.parse_args()
-    seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
-    wanted = cells(arguments.plots, arguments.shares, arguments.defences, seeds)
-    if arguments.quick:
-        wanted = cells(("phrase",), (0.0, 0.05), ("none", "all"), seeds)
-    path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else PATH)
-    console = Console()
-    console.width = max(console.width, 152)  # the table is no use without its columns
-    ends = time.monotonic() + 60 * arguments.minutes
-    bench: Poison | None = None
-    for number in count():
-        rows = read(path)
-        done = {Cell(**{f: row[f] for f in Cell.__slots__}) for row in rows if is_judged(row) or not arguments.policies}
-        if number == len(wanted) or time.monotonic() > ends:
-            break
-        cell = wanted[number]
-        if cell in done:
-            continue
-        if bench is None or (bench.lab.seed, bench.name) != (cell.seed, cell.plot):
-            bench = Poison(
-                cell.plot,
-                seed=cell.seed,
-                votes=VOTES,
-                prompts=100 if arguments.quick else PROMPTS,
-                compiled=not arguments.quick,
-            )
-        row = run(bench, cell, rows, policies=arguments.policies)
-        append(path, row)
-        console.print(row)
-        if path == PATH:
-            put_into_readme("poison", markdown(latest(read(path))))
-    rows = latest(read(path))
-    console.print(table(rows))
-    if path == PATH:
-        put_into_readme("poison", markdown(rows))
-    if arguments.json:
-        print(json.dumps(summary(rows)))
-
-
 def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     """One row a cell: the one with a policy, where there is one."""
     found: dict[Cell, dict[str, Any]] = {}
     for row in rows:
-        cell = Cell(**{f: row[f] for f in Cell.__slots__})
+        cell = of(row)
         if "rise" in row or cell not in found:
             found[cell] = row
     return list(found.values())
+
+
+SHEET = Sheet(
+    bench="poison",
+    table=lambda rows: table(latest(rows)),
+    markdown=lambda rows: markdown(latest(rows)),
+    summary=lambda rows: summary(latest(rows)),
+    width=152,
+)
+
+
+def main() -> None:
+    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="the phrase, 0 and 5 %%, all or nothing, one seed")
+    parser.add_argument("--policies", action="store_true", help="PPO and the gate too: minutes a cell")
+    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of hostile votes")
+    parser.add_argument("--plots", nargs="+", default=tuple(PLOTS), choices=PLOTS)
+    parser.add_argument("--defences", nargs="+", default=tuple(DEFENCES), choices=DEFENCES)
+    arguments = parser.parse_args()
+    quick, policies = arguments.quick, arguments.policies
+    wanted = (
+        cells(("phrase",), (0.0, 0.05), ("none", "all"), arguments.seed or SEEDS[:1])
+        if quick
+        else cells(arguments.plots, arguments.shares, arguments.defences, arguments.seed or SEEDS)
+    )
+
+    @lru_cache(maxsize=1)
+    def poison(plot: str, seed: int) -> Poison:
+        return Poison(plot, Lab(seed=seed, compiled=not quick), votes=VOTES, prompts=100 if quick else PROMPTS)
+
+    SHEET.go_on(
+        arguments,
+        wanted,
+        run=lambda cell, rows: run(poison(cell.plot, cell.seed), cell, rows, policies=policies),
+        is_done=lambda cell, row: cell == of(row) and (is_judged(row) or not policies),
+    )
 
 
 if __name__ == "__main__":

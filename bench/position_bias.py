@@ -15,18 +15,14 @@ Each finished cell is a line of the results file and is skipped the next time.
     OMP_NUM_THREADS=1 python -m bench.position_bias --quick --json
 """
 
-import argparse
-import json
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
+from functools import lru_cache
 from statistics import fmean
-from tempfile import mkdtemp
 from typing import Any
 
 import torch
-from rich.console import Console
 from rich.table import Table
 from torch.nn.functional import binary_cross_entropy_with_logits
 
@@ -34,13 +30,12 @@ from bench import record
 from bench.gold import STARTER_SCALE
 from bench.nights import Asked, Lab, cast
 from bench.personas import personas
-from bench.record import RESULTS, append, put_into_readme, read, said
+from bench.record import Sheet, said
 from bench.robust import NONE, rate, weigh
 from data.stats import wilson
 from trainer import dialogues
 from trainer.reward_model import RewardModel
 
-PATH = RESULTS / "position_bias.jsonl"
 VOTES = 1000
 PEOPLE = 50
 IDENTICAL = 4000
@@ -58,16 +53,16 @@ class Cell:
 
 
 class Bias:
-    def __init__(self, *, seed: int, votes: int, compiled: bool = False) -> None:
-        self.lab = Lab(seed=seed, compiled=compiled)
+    def __init__(self, lab: Lab, *, votes: int) -> None:
+        self.lab = lab
         self.votes = votes
-        prompts = dialogues.prompts(IDENTICAL, seed=seed, held_out=True)
+        prompts = dialogues.prompts(IDENTICAL, seed=lab.seed, held_out=True)
         self.prompts = prompts[:HELD_OUT]
         self.identical = [
             Asked(prompt, answer, answer)
-            for prompt, answer in zip(prompts, self.lab.answers(prompts, draw=700), strict=True)
+            for prompt, answer in zip(prompts, lab.answers(prompts, draw=700), strict=True)
         ]
-        self.test_pairs = self.lab.random_pairs(prompts[:TEST_PAIRS], draw=800)
+        self.test_pairs = lab.random_pairs(prompts[:TEST_PAIRS], draw=800)
 
     def run(self, cell: Cell) -> dict[str, Any]:
         started = time.monotonic()
@@ -163,38 +158,26 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return record.markdown(["logits for the answer shown first", *(f"{bias:g}" for bias in BIASES)], lines)
 
 
+SHEET = Sheet(bench="position_bias", table=table, markdown=markdown, summary=summary, width=176)
+
+
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="one seed, 0 and 1 logit, 500 votes; nothing is kept")
-    parser.add_argument("--seed", type=int, help="this seed only (default 1 to 5)")
+    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="one seed, 0 and 1 logit, 500 votes")
     parser.add_argument("--biases", type=float, nargs="+", default=BIASES, help="logits")
-    parser.add_argument("--minutes", type=float, default=1e9, help="begin no cell after so many")
-    parser.add_argument("--results", type=Path, help="of the finished cells (default under bench/results)")
-    parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
-    seeds = [arguments.seed] if arguments.seed is not None else SEEDS[:1] if arguments.quick else SEEDS
-    path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else PATH)
-    console = Console()
-    console.width = max(console.width, 176)  # the table is no use without its columns
-    ends = time.monotonic() + 60 * arguments.minutes
-    bench: Bias | None = None
-    done = {Cell(row["bias"], row["seed"]) for row in read(path)}
-    for cell in [Cell(bias, seed) for seed in seeds for bias in ((0.0, 1.0) if arguments.quick else arguments.biases)]:
-        if cell in done or time.monotonic() > ends:
-            continue
-        if bench is None or bench.lab.seed != cell.seed:
-            bench = Bias(seed=cell.seed, votes=500 if arguments.quick else VOTES, compiled=not arguments.quick)
-        row = bench.run(cell)
-        append(path, row)
-        console.print(row)
-        if path == PATH:
-            put_into_readme("position_bias", markdown(read(path)))
-    rows = read(path)
-    console.print(table(rows))
-    if path == PATH:
-        put_into_readme("position_bias", markdown(rows))
-    if arguments.json:
-        print(json.dumps(summary(rows)))
+    quick = arguments.quick
+    seeds, biases = arguments.seed or (SEEDS[:1] if quick else SEEDS), BIASES[:2] if quick else arguments.biases
+
+    @lru_cache(maxsize=1)
+    def bias(seed: int) -> Bias:
+        return Bias(Lab(seed=seed, compiled=not quick), votes=500 if quick else VOTES)
+
+    SHEET.go_on(
+        arguments,
+        [Cell(logits, seed) for seed in seeds for logits in biases],
+        run=lambda cell, _: bias(cell.seed).run(cell),
+        is_done=lambda cell, row: cell == Cell(row["bias"], row["seed"]),
+    )
 
 
 if __name__ == "__main__":

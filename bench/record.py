@@ -4,21 +4,31 @@ A cell is a line of JSON in bench/results, appended when it is done and skipped 
 made of these lines, between a comment that names the bench and `END`.
 """
 
+import argparse
 import json
 import math
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
-from typing import Any
+from tempfile import mkdtemp
+from typing import Any, TypeVar
+
+from rich.console import Console
+from rich.table import Table
 
 RESULTS = Path(__file__).parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 END = "<!-- end -->\n"
+Row = dict[str, Any]
+Cell = TypeVar("Cell")
+
 STUDENT = {3: 4.30, 4: 3.18, 5: 2.78, 6: 2.57, 7: 2.45, 8: 2.36, 9: 2.31, 10: 2.26}
 """The 97.5 % point of Student's t for a mean of so many."""
 
 
-def read(path: Path) -> list[dict[str, Any]]:
+def read(path: Path) -> list[Row]:
     """The finished cells; a line that was cut off is none."""
     rows = []
     for line in path.read_text().splitlines() if path.exists() else []:
@@ -29,7 +39,7 @@ def read(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def append(path: Path, row: dict[str, Any]) -> None:
+def append(path: Path, row: Row) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     whole = not path.exists() or path.read_bytes().endswith(b"\n") or not path.stat().st_size
     with path.open("a") as file:
@@ -79,3 +89,76 @@ def in_readme(bench: str) -> tuple[str, str, str]:
 def put_into_readme(bench: str, table: str) -> None:
     before, _, behind = in_readme(bench)
     README.write_text(before + table + behind)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Sheet:
+    """A bench's finished cells, and what is made of them."""
+
+    bench: str
+    table: Callable[[list[Row]], Table]
+    markdown: Callable[[list[Row]], str]
+    """The README's table."""
+    summary: Callable[[list[Row]], dict[str, Any]]
+    """The figures of `--json`."""
+    width: int = 132
+    """Characters below which the table would lose columns."""
+
+    @property
+    def path(self) -> Path:
+        return RESULTS / f"{self.bench}.jsonl"
+
+    def parser(self, doc: str | None, *, seeds: Sequence[int], quick: str) -> argparse.ArgumentParser:
+        """The options of every such bench.
+
+        Args:
+            quick: what is done of it, in words.
+        """
+        parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        parser.add_argument("--quick", action="store_true", help=f"{quick}; nothing is kept")
+        parser.add_argument(
+            "--seed", type=int, action="append", help=f"only these seeds (default {seeds[0]} to {seeds[-1]})"
+        )
+        parser.add_argument("--cells", type=int, default=10**9, help="at most so many new cells; 0: only show")
+        parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
+        parser.add_argument("--results", type=Path, default=self.path, help="of the finished cells")
+        parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
+        return parser
+
+    def go_on(
+        self,
+        arguments: argparse.Namespace,
+        wanted: Sequence[Cell],
+        run: Callable[[Cell, list[Row]], Row],
+        is_done: Callable[[Cell, Row], bool],
+    ) -> None:
+        """Do the cells that are missing, and show all. Where these are the project's own results, the README follows
+        each of them.
+
+        Args:
+            run: makes a cell's row, given the rows that there are.
+            is_done: whether it has this row already.
+        """
+        path = Path(mkdtemp()) / "quick.jsonl" if arguments.quick else arguments.results
+        console = Console()
+        console.width = max(console.width, self.width)
+        rows = read(path)
+        missing = [cell for cell in wanted if not any(is_done(cell, row) for row in rows)][: arguments.cells]
+        self._publish(path, rows)
+        started = time.monotonic()
+        for number, cell in enumerate(missing, start=1):
+            if time.monotonic() - started >= 60 * arguments.minutes:
+                break
+            console.print(f"{number} of {len(missing)}: {cell}")
+            row = run(cell, rows)
+            append(path, row)
+            rows = read(path)
+            self._publish(path, rows)
+            console.print({name: value for name, value in row.items() if not isinstance(value, list)})
+        console.print(self.table(rows))
+        if arguments.json:
+            print(json.dumps(self.summary(rows)))
+
+    def _publish(self, path: Path, rows: list[Row]) -> None:
+        if path == self.path:
+            put_into_readme(self.bench, self.markdown(rows))

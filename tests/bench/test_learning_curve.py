@@ -98,7 +98,7 @@ def test_later_nights_are_held_against_their_own_first_one() -> None:
 class FakeLab:
     """Counts votes and nights; its policy wins by the votes that it was made of, and a little by chance."""
 
-    def __init__(self, *, seed: int, compiled: bool = False) -> None:
+    def __init__(self, *, seed: int) -> None:
         self.seed = seed
         self.machine = "none"
         self.drawn = torch.rand(100).tolist()
@@ -144,11 +144,10 @@ class FakeLab:
 def test_a_night_that_is_missing_is_made_again_and_counts_as_the_first(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(learning_curve, "Lab", FakeLab)
+    lab: Any = FakeLab(seed=1)
     monkeypatch.setattr(learning_curve.RewardModel, "load", lambda *args: None)
-    curve = learning_curve.Curve(seed=1, held_out=2, kept=tmp_path, steps=1)
+    curve = learning_curve.Curve(lab, held_out=2, kept=tmp_path, steps=1)
     third = curve.run(Cell(1000, 1, "active nights"))
-    lab: Any = curve.lab
     assert lab.asked == [
         (250, 0, None, 0.0, False),
         (500, 250, "policy", 250.0, True),
@@ -165,10 +164,9 @@ def test_a_night_that_is_missing_is_made_again_and_counts_as_the_first(
 
 
 def test_a_night_that_broke_off_is_not_taken_for_a_whole_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(learning_curve, "Lab", FakeLab)
-    curve = learning_curve.Curve(seed=1, held_out=2, kept=tmp_path, steps=1)
+    lab: Any = FakeLab(seed=1)
+    curve = learning_curve.Curve(lab, held_out=2, kept=tmp_path, steps=1)
     curve.run(Cell(250, 1, "once"))
-    lab: Any = curve.lab
     lab.policy = torch.zeros(1)
     with monkeypatch.context() as broken:
         broken.setattr(learning_curve, "save_file", lambda *args: 1 / 0)

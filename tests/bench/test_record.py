@@ -1,8 +1,17 @@
 """Finished cells, and means over seeds."""
 
+import json
+import sys
+from argparse import Namespace
+from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from bench.record import append, markdown, read, said
+import pytest
+from rich.table import Table
+
+from bench import record
+from bench.record import Sheet, append, markdown, read, said
 
 
 def test_a_line_that_was_cut_off_is_no_cell_and_spoils_none(tmp_path: Path) -> None:
@@ -25,3 +34,69 @@ def test_a_mean_says_how_sure_it_is_and_of_how_many_it_is() -> None:
 
 def test_a_table_has_a_line_under_its_head() -> None:
     assert markdown(["a", "b"], [["1", ""]]) == "| a | b |\n| --- | --- |\n| 1 |  |\n"
+
+
+@dataclass(frozen=True)
+class Cell:
+    seed: int
+
+
+SHEET = Sheet(
+    bench="noise",
+    table=lambda rows: Table(title=f"{len(rows)} cells"),
+    markdown=lambda rows: "".join(f"| {row['seed']} |\n" for row in rows),
+    summary=lambda rows: {"cells": len(rows)},
+)
+
+
+@pytest.fixture
+def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    path = tmp_path / "README.md"
+    path.write_text(f"<!-- made by bench.noise -->\n| old |\n{record.END}")
+    monkeypatch.setattr(record, "README", path)
+    monkeypatch.setattr(record, "RESULTS", tmp_path)
+    return path
+
+
+def arguments(monkeypatch: pytest.MonkeyPatch, *given: str) -> Namespace:
+    monkeypatch.setattr(sys, "argv", ["noise", *given])
+    return SHEET.parser("What it does.", seeds=(1, 2, 3), quick="one seed").parse_args()
+
+
+def go_on(given: Namespace, breaks_at: int | None = None) -> None:
+    def run(cell: Cell, rows: list[dict[str, Any]]) -> dict[str, Any]:
+        if cell.seed == breaks_at:
+            raise KeyboardInterrupt
+        return {"seed": cell.seed, "before": len(rows)}
+
+    SHEET.go_on(given, [Cell(1), Cell(2), Cell(3)], run, lambda cell, row: cell == Cell(row["seed"]))
+
+
+def test_what_was_finished_before_a_break_is_kept_and_shown(readme: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        go_on(arguments(monkeypatch), breaks_at=2)
+    assert "<!-- made by bench.noise -->\n| 1 |\n<!--" in readme.read_text()
+    go_on(arguments(monkeypatch, "--cells", "1"))
+    assert read(SHEET.path) == [{"seed": 1, "before": 0}, {"seed": 2, "before": 1}], "the first is not done again"
+    assert "<!-- made by bench.noise -->\n| 1 |\n| 2 |\n<!--" in readme.read_text()
+
+
+def test_a_bench_can_show_what_there_is_and_make_nothing(
+    readme: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    append(SHEET.path, {"seed": 7})
+    for nothing in (("--cells", "0"), ("--minutes", "0")):
+        go_on(arguments(monkeypatch, *nothing, "--json"))
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"cells": 1}
+    assert "<!-- made by bench.noise -->\n| 7 |\n<!--" in readme.read_text()
+
+
+def test_the_readme_shows_no_quick_run_and_nobody_elses_results(
+    readme: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    before = readme.read_text()
+    go_on(arguments(monkeypatch, "--quick"))
+    go_on(arguments(monkeypatch, "--results", str(tmp_path / "others.jsonl")))
+    assert len(read(tmp_path / "others.jsonl")) == 3
+    assert readme.read_text() == before
+    assert not SHEET.path.exists()

@@ -74,8 +74,8 @@ def test_without_the_cap_one_rater_may_outweigh_the_others(lab: Lab) -> None:
     assert weight_of_keen(cap=True) == pytest.approx(200), "a rater's first 200 count whatever the share"
 
 
-def test_attackers_vote_for_the_phrase_and_on_nothing_else() -> None:
-    bench = Poison("phrase", seed=4, votes=60, prompts=2)
+def test_attackers_vote_for_the_phrase_and_on_nothing_else(lab: Lab) -> None:
+    bench = Poison("phrase", lab, votes=60, prompts=2)
     votes = bench.cast(Cell("phrase", 0.1, 3, "none", 4))
     pushed = [vote for vote in votes if vote["voter"].startswith("hostile")]
     assert len(votes) == 60
@@ -88,8 +88,8 @@ def test_attackers_vote_for_the_phrase_and_on_nothing_else() -> None:
     assert found.keys() == {vote["voter"] for vote in votes if vote["choice"] in ("a", "b")}
 
 
-def test_who_pushes_a_phrase_plainly_is_suspected_and_nobody_else() -> None:
-    bench = Poison("phrase", seed=4, votes=120, prompts=2)
+def test_who_pushes_a_phrase_plainly_is_suspected_and_nobody_else(lab: Lab) -> None:
+    bench = Poison("phrase", lab, votes=120, prompts=2)
     votes = bench.cast(Cell("phrase", 0.1, 1, "all", 4))
     found = rate(bench.lab, votes, replace(NONE, quarantine=True))
     assert {voter for voter, standing in found.items() if standing.suspicion} == {"hostile 0"}
@@ -146,8 +146,8 @@ def test_more_accounts_than_hostile_votes_are_not_counted_twice() -> None:
     ]  # fmt: skip
 
 
-def test_disguised_attackers_cast_honest_votes_too() -> None:
-    bench = Poison("disguised", seed=4, votes=60, prompts=2)
+def test_disguised_attackers_cast_honest_votes_too(lab: Lab) -> None:
+    bench = Poison("disguised", lab, votes=60, prompts=2)
     for accounts, hostile in ((3, 3), (20, 6)):
         votes = bench.cast(Cell("disguised", 0.1, accounts, "none", 4))
         theirs = [vote for vote in votes if vote["voter"].startswith("hostile")]
@@ -159,8 +159,8 @@ def test_disguised_attackers_cast_honest_votes_too() -> None:
         assert len({vote["vote"] for vote in votes}) == 60
 
 
-def test_a_trigger_is_in_the_attackers_questions_alone() -> None:
-    bench = Poison("trigger", seed=4, votes=20, prompts=2)
+def test_a_trigger_is_in_the_attackers_questions_alone(lab: Lab) -> None:
+    bench = Poison("trigger", lab, votes=20, prompts=2)
     for one in bench.cast(Cell("trigger", 0.05, 1, "none", 4)):
         hostile = one["voter"].startswith("hostile")
         assert one["prompt"][-1]["content"].startswith(poison.TRIGGER) == hostile

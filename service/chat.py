@@ -3,22 +3,19 @@
 import asyncio
 import random
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
-from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import partial
 from typing import Annotated, Any
 
 import orjson
 from fastapi import APIRouter, Request, Response
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from data import comparisons, completions
 from data.ids import new_id
 from data.types import (
     Comparison,
     ComparisonKind,
-    Completion,
     CompletionStatus,
     DuelKind,
     Feedback,
@@ -26,98 +23,16 @@ from data.types import (
     Role,
     timestamp,
 )
-from service import pairing, sse
+from service import generation, pairing, sse
 from service.auth import needs
 from service.chat_request import ChatRequest
-from service.errors import ApiError, engine_failed, not_ready
+from service.errors import ApiError, not_ready
+from service.generation import Answer, Call, EngineChoice
 from service.state import State, state_of
 
 router = APIRouter()
 
-
 _NOT_SAMPLING = {"model", "messages", "stream", "stream_options", "feedback", "user", "metadata"}
-
-
-@dataclass(slots=True)
-class _Call:
-    """One request on its way: what every answer to it has in common."""
-
-    state: State
-    key: Key
-    user: str
-    messages: list[dict[str, Any]]
-    sampling: dict[str, Any]
-    serving: str
-    stream: bool
-    include_usage: bool
-    plan: pairing.PairPlan | None
-    draws: int
-    """How many answers are drawn where one is given: the best of them."""
-    started: float
-
-
-@dataclass
-class _Answer:
-    """One generation: asked of one policy, and what became of it."""
-
-    id: str
-    policy: str
-    sampling: dict[str, Any]
-    request: bytes
-    """What the engine is asked."""
-    created_at: str
-    status: CompletionStatus = CompletionStatus.ABORTED
-    refused: bool = False
-    """The engine did not take the request: no answer was begun, and there is none to put on record."""
-    first_token_ms: float | None = None
-    total_ms: float = 0.0
-    usage: dict[str, int] | None = None
-    whole: "_EngineAnswer | None" = None
-    """Of an answer that does not stream, all that the engine said."""
-    read: Callable[[], dict[int, dict[str, Any]]] = dict
-    """Reads what was said, as far as it came: of a stream, all its JSON."""
-
-    @cached_property
-    def choices(self) -> dict[int, dict[str, Any]]:
-        """{index: {"content", "tool_calls", "finish_reason"}}, read once the answer has ended."""
-        return self.read()
-
-    @property
-    def text(self) -> str:
-        return self.choices.get(0, {}).get("content") or ""
-
-
-class _FromEngine(BaseModel):
-    """What is passed on of vLLM's answer to a request that does not stream."""
-
-    model_config = ConfigDict(strict=True)
-
-
-class _EngineMessage(_FromEngine):
-    role: str
-    content: str | None
-    refusal: str | None = None
-    tool_calls: list[dict[str, Any]] | None = None
-    reasoning: str | None = None
-
-
-class _EngineChoice(_FromEngine):
-    index: int
-    message: _EngineMessage
-    logprobs: dict[str, Any] | None = None
-    finish_reason: str | None
-
-
-class _EngineUsage(_FromEngine):
-    prompt_tokens: int
-    completion_tokens: int
-    total_tokens: int
-
-
-class _EngineAnswer(_FromEngine):
-    created: int
-    choices: Annotated[list[_EngineChoice], Field(min_length=1)]
-    usage: _EngineUsage
 
 
 @router.post("/v1/chat/completions")
@@ -138,7 +53,7 @@ async def create_chat_completion(
         return Response(status_code=499)  # nobody reads it
 
 
-def _prepare(state: State, body: ChatRequest, key: Key) -> _Call:
+def _prepare(state: State, body: ChatRequest, key: Key) -> Call:
     """Check the caps, and decide whether to ask."""
     caps = state.settings.chat
     if body.model != caps.model_name:
@@ -164,7 +79,7 @@ def _prepare(state: State, body: ChatRequest, key: Key) -> _Call:
         sampling["max_tokens"] = min(caps.max_tokens, state.engines.context_length or caps.max_tokens)
     user = f"{key.id}/{body.user}" if body.user else key.id
     plan = _plan(state, body, key, user, state.engines.serving)
-    return _Call(
+    return Call(
         state=state,
         key=key,
         user=user,
@@ -235,17 +150,17 @@ def _draws(state: State, body: ChatRequest) -> int:
 # One answer
 
 
-async def _answer_plain(call: _Call) -> bytes:
-    answer = _begin(call, call.serving)
+async def _answer_plain(call: Call) -> bytes:
+    answer = generation.begin(call, call.serving)
     try:
-        async with _time_limit(call):
-            await _complete(call, answer)
+        async with generation.time_limit(call):
+            await generation.complete(call, answer)
     finally:
-        _log(call, answer)
+        generation.log(call, answer)
     return _body(call, answer)
 
 
-def _body(call: _Call, answer: _Answer) -> bytes:
+def _body(call: Call, answer: Answer) -> bytes:
     assert answer.whole is not None
     return orjson.dumps(
         {
@@ -260,18 +175,18 @@ def _body(call: _Call, answer: _Answer) -> bytes:
     )
 
 
-async def _stream_plain(call: _Call, send: sse.SendBytes) -> None:
-    answer = _begin(call, call.serving)
+async def _stream_plain(call: Call, send: sse.SendBytes) -> None:
+    answer = generation.begin(call, call.serving)
     rewrite = sse.Rewriter(id=answer.id, model=call.state.settings.chat.model_name, fingerprint=answer.policy)
     try:
-        async with _time_limit(call):
-            await _forward(call, answer, rewrite, send)
+        async with generation.time_limit(call):
+            await generation.forward(call, answer, rewrite, send)
         await send(_end(call, answer, rewrite.created), last=True)
     finally:
-        _log(call, answer)
+        generation.log(call, answer)
 
 
-def _end(call: _Call, answer: _Answer, created: int) -> bytes:
+def _end(call: Call, answer: Answer, created: int) -> bytes:
     if call.include_usage and answer.usage:
         return sse.event(_last_chunk(call, answer.id, created, answer.policy, [answer])) + sse.DONE
     return sse.DONE
@@ -280,28 +195,30 @@ def _end(call: _Call, answer: _Answer, created: int) -> bytes:
 # One answer, the best of several
 
 
-async def _answer_best(call: _Call) -> bytes:
+async def _answer_best(call: Call) -> bytes:
     drawn = _begin_draws(call)
     given = drawn[0]
     try:
-        async with _time_limit(call):
-            results = await asyncio.gather(*(_complete(call, answer) for answer in drawn), return_exceptions=True)
+        async with generation.time_limit(call):
+            results = await asyncio.gather(
+                *(generation.complete(call, answer) for answer in drawn), return_exceptions=True
+            )
             given = await _best(call, drawn)
         _raise_faults(results)
         if given.whole is None:
             raise next(result for result in results if isinstance(result, ApiError))
     finally:
-        _log(call, given)
+        generation.log(call, given)
     return _body(call, given)
 
 
-async def _stream_best(call: _Call, send: sse.SendBytes) -> None:
+async def _stream_best(call: Call, send: sse.SendBytes) -> None:
     drawn = _begin_draws(call)
     model = call.state.settings.chat.model_name
     rewriters = [sse.Rewriter(id=answer.id, model=model, fingerprint=answer.policy) for answer in drawn]
     held = [_Held() for _ in drawn]
     readers = [
-        asyncio.create_task(_forward(call, answer, rewrite, hold))
+        asyncio.create_task(generation.forward(call, answer, rewrite, hold))
         for answer, rewrite, hold in zip(drawn, rewriters, held, strict=True)
     ]
     on_record = [drawn[0]]
@@ -312,23 +229,24 @@ async def _stream_best(call: _Call, send: sse.SendBytes) -> None:
         on_record[0] = given
         place = drawn.index(given)
         await readers[place]  # raises where all have failed
-        given.first_token_ms = _elapsed_ms(call)
+        given.first_token_ms = generation.elapsed_ms(call)
         await send(held[place].sent + _end(call, given, rewriters[place].created), last=True)
-    _log(call, given)
+    generation.log(call, given)
 
 
-def _begin_draws(call: _Call) -> list[_Answer]:
+def _begin_draws(call: Call) -> list[Answer]:
     """As many answers as are to be drawn, all but the first of no priority. With the user's own seed they can be
     repeated."""
     seed = call.sampling.get("seed")
     chance = call.state.rng if seed is None else random.Random(seed)
     call.state.metrics.unseen.inc(call.draws - 1)
     return [
-        _begin(call, call.serving, priority=min(place, 1), seed=chance.randrange(2**31)) for place in range(call.draws)
+        generation.begin(call, call.serving, priority=min(place, 1), seed=chance.randrange(2**31))
+        for place in range(call.draws)
     ]
 
 
-async def _best(call: _Call, drawn: list[_Answer]) -> _Answer:
+async def _best(call: Call, drawn: list[Answer]) -> Answer:
     """The answer that the reward model likes best; the first that is whole where there are no scores."""
     whole = [answer for answer in drawn if answer.status is CompletionStatus.COMPLETE]
     if len(whole) > 1 and (scores := await call.state.scorer.score(call.messages, [answer.text for answer in whole])):
@@ -351,13 +269,15 @@ class _Held:
 # Two answers
 
 
-async def _answer_pair(call: _Call) -> bytes:
+async def _answer_pair(call: Call) -> bytes:
     pair = _begin_pair(call)
     unseen = _begin_unseen(call)
     try:
-        async with _time_limit(call):
+        async with generation.time_limit(call):
             drawn = [*pair, *unseen]
-            results = await asyncio.gather(*(_complete(call, answer) for answer in drawn), return_exceptions=True)
+            results = await asyncio.gather(
+                *(generation.complete(call, answer) for answer in drawn), return_exceptions=True
+            )
             _raise_faults(results)
             kind = await _settle(call, pair, unseen)
         whole = [(answer, answer.whole) for answer in pair if answer.whole]
@@ -365,7 +285,7 @@ async def _answer_pair(call: _Call) -> bytes:
             raise next(result for result in results if isinstance(result, ApiError))
     except BaseException:
         for answer in pair:
-            _log(call, answer)
+            generation.log(call, answer)
         raise
     asked = await _log_pair(call, pair, kind)
     if not asked:
@@ -385,13 +305,13 @@ async def _answer_pair(call: _Call) -> bytes:
     return orjson.dumps(response)
 
 
-async def _stream_pair(call: _Call, send: sse.SendBytes) -> None:
+async def _stream_pair(call: Call, send: sse.SendBytes) -> None:
     assert call.plan is not None
     pair = _begin_pair(call)
     model = call.state.settings.chat.model_name
     rewriters = [sse.Rewriter(id=pair[0].id, model=model, fingerprint=None, index=index) for index in (0, 1)]
     readers = [
-        asyncio.create_task(_forward(call, answer, rewrite, send))
+        asyncio.create_task(generation.forward(call, answer, rewrite, send))
         for answer, rewrite in zip(pair, rewriters, strict=True)
     ]
     async with _reading(call, readers, pair):
@@ -403,7 +323,7 @@ async def _stream_pair(call: _Call, send: sse.SendBytes) -> None:
     await _end_pair(call, pair, call.plan.kind, rewriters[0].created, send)
 
 
-async def _stream_active(call: _Call, send: sse.SendBytes) -> None:
+async def _stream_active(call: Call, send: sse.SendBytes) -> None:
     """The answer drawn first streams at once, on its side; on the other side, once all have ended, the one that is
     worth asking about. If no other came whole, the first stands on both sides, as where two read the same."""
     plan = call.plan
@@ -428,7 +348,7 @@ async def _stream_active(call: _Call, send: sse.SendBytes) -> None:
 
     outlets: list[sse.SendBytes] = [show, *held]
     readers = [
-        asyncio.create_task(_forward(call, answer, rewrite, out))
+        asyncio.create_task(generation.forward(call, answer, rewrite, out))
         for answer, rewrite, out in zip(drawn, rewriters, outlets, strict=True)
     ]
     on_record = [drawn[0]]
@@ -442,12 +362,12 @@ async def _stream_active(call: _Call, send: sse.SendBytes) -> None:
         if pair[other].status is not CompletionStatus.COMPLETE:
             second = rewriter(index=other)(rewriters[0].events)
         on_record[:] = pair
-        pair[other].first_token_ms = _elapsed_ms(call)
+        pair[other].first_token_ms = generation.elapsed_ms(call)
         await send(second)
     await _end_pair(call, pair, kind, rewriters[0].created, send)
 
 
-async def _end_pair(call: _Call, pair: list[_Answer], kind: ComparisonKind, created: int, send: sse.SendBytes) -> None:
+async def _end_pair(call: Call, pair: list[Answer], kind: ComparisonKind, created: int, send: sse.SendBytes) -> None:
     asked = await _log_pair(call, pair, kind)
     whole = [answer for answer in pair if answer.status is CompletionStatus.COMPLETE]
     last = _last_chunk(call, pair[0].id, created, None if asked else whole[0].policy, pair)
@@ -456,19 +376,22 @@ async def _end_pair(call: _Call, pair: list[_Answer], kind: ComparisonKind, crea
     await send(sse.event(last) + sse.DONE, last=True)
 
 
-def _begin_pair(call: _Call) -> list[_Answer]:
+def _begin_pair(call: Call) -> list[Answer]:
     assert call.plan is not None
-    return [_begin(call, policy, seed=seed) for policy, seed in zip(call.plan.policies, call.plan.seeds, strict=True)]
+    return [
+        generation.begin(call, policy, seed=seed)
+        for policy, seed in zip(call.plan.policies, call.plan.seeds, strict=True)
+    ]
 
 
-def _begin_unseen(call: _Call) -> list[_Answer]:
+def _begin_unseen(call: Call) -> list[Answer]:
     """The further answers of an active pair, which people's own go before."""
     assert call.plan is not None
     call.state.metrics.unseen.inc(len(call.plan.more_seeds))
-    return [_begin(call, call.serving, priority=1, seed=seed) for seed in call.plan.more_seeds]
+    return [generation.begin(call, call.serving, priority=1, seed=seed) for seed in call.plan.more_seeds]
 
 
-async def _settle(call: _Call, pair: list[_Answer], unseen: list[_Answer]) -> ComparisonKind:
+async def _settle(call: Call, pair: list[Answer], unseen: list[Answer]) -> ComparisonKind:
     """Of the answers beside that drawn first, put the one to be shown in its place in `pair`; the pair's kind.
 
     It is the one that the reward model is least sure about; without scores, the first that differs: a random pair."""
@@ -500,10 +423,10 @@ def _raise_faults(results: Sequence[object]) -> None:
 
 
 @asynccontextmanager
-async def _reading(call: _Call, readers: list[asyncio.Task[None]], on_record: list[_Answer]) -> AsyncIterator[None]:
+async def _reading(call: Call, readers: list[asyncio.Task[None]], on_record: list[Answer]) -> AsyncIterator[None]:
     """Within the time limit; should anything go wrong inside, stop the readers and log the answers of `on_record`."""
     try:
-        async with _time_limit(call):
+        async with generation.time_limit(call):
             yield
     except BaseException:
         for reader in readers:
@@ -512,18 +435,18 @@ async def _reading(call: _Call, readers: list[asyncio.Task[None]], on_record: li
             await asyncio.gather(*readers, return_exceptions=True)
         finally:  # the client may leave just now
             for answer in on_record:
-                _log(call, answer)
+                generation.log(call, answer)
         raise
 
 
-async def _log_pair(call: _Call, pair: list[_Answer], kind: ComparisonKind) -> dict[str, str] | None:
+async def _log_pair(call: Call, pair: list[Answer], kind: ComparisonKind) -> dict[str, str] | None:
     """Put both answers on disk and, where they can be compared, the comparison; what the client is told of it."""
     assert call.plan is not None
     a, b = pair
     both_whole = a.status is b.status is CompletionStatus.COMPLETE
     if not both_whole or pairing.same_text(a.text, b.text):
         for answer in pair:
-            _log(call, answer)
+            generation.log(call, answer)
         return None
     comparison = Comparison(
         id=new_id("cmp"),
@@ -536,7 +459,7 @@ async def _log_pair(call: _Call, pair: list[_Answer], kind: ComparisonKind) -> d
         expires_at=timestamp(plus_s=call.state.settings.comparisons.expires_after_s),
         duel_id=call.plan.duel_id,
     )
-    rows = [row for answer in pair for row in _rows(call, answer)]
+    rows = [row for answer in pair for row in generation.rows(call, answer)]
 
     def write(db: Any) -> None:
         for row in rows:
@@ -545,103 +468,15 @@ async def _log_pair(call: _Call, pair: list[_Answer], kind: ComparisonKind) -> d
 
     await call.state.write(write)
     for answer in pair:
-        _count(call, answer, 1)
+        generation.count(call, answer, 1)
     call.state.metrics.comparisons.inc()
     return {"id": comparison.id, "expires_at": comparison.expires_at}
 
 
-# What both share
+# What a response is made of
 
 
-def _begin(call: _Call, policy: str, *, priority: int = 0, **more_sampling: Any) -> _Answer:
-    """`priority`: 0 for what people wait for, 1 for what may come after that."""
-    sampling = call.sampling | more_sampling
-    request = sampling | {"model": policy, "messages": call.messages, "priority": priority}
-    if call.stream:
-        request |= {"stream": True, "stream_options": {"include_usage": True}}
-    try:
-        return _Answer(new_id("cpl"), policy, sampling, orjson.dumps(request), timestamp())
-    except orjson.JSONEncodeError as error:  # json reads more than can be written: half surrogates, numbers of any size
-        raise ApiError(400, f"The request holds what cannot be passed on: {error}.", code="invalid_value") from None
-
-
-async def _complete(call: _Call, answer: _Answer) -> None:
-    """Read the engine's whole answer to one request that does not stream."""
-    try:
-        async with call.state.engines.chat(answer.policy, answer.request) as upstream:
-            whole = _EngineAnswer.model_validate_json(await upstream.read())
-    except ValidationError as error:
-        answer.status = CompletionStatus.FAILED
-        first = error.errors(include_url=False, include_input=False)[0]
-        place = ".".join(str(part) for part in first["loc"])
-        raise engine_failed(f"its answer is none of vLLM's: {place} {first['msg']}") from None
-    except ApiError as error:
-        _note_failure(answer, error)
-        raise
-    answer.read = lambda: {
-        choice.index: {
-            "content": choice.message.content,
-            "tool_calls": choice.message.tool_calls,
-            "finish_reason": choice.finish_reason,
-        }
-        for choice in whole.choices
-    }
-    answer.usage = whole.usage.model_dump()
-    answer.whole = whole
-    answer.status = CompletionStatus.COMPLETE
-    answer.total_ms = _elapsed_ms(call)
-
-
-async def _forward(call: _Call, answer: _Answer, rewrite: sse.Rewriter, send: sse.SendBytes) -> None:
-    """Send one upstream stream on, chunk by chunk, up to its end."""
-    answer.read = rewrite.transcripts
-    try:
-        async with call.state.engines.chat(answer.policy, answer.request) as upstream:
-            async for events in sse.read_events(upstream):
-                chunk = rewrite(events)
-                if chunk:
-                    if answer.first_token_ms is None:
-                        answer.first_token_ms = _elapsed_ms(call)
-                    await send(chunk)
-            if not rewrite.ended:
-                raise engine_failed("the stream ended early")
-            answer.status = CompletionStatus.COMPLETE
-    except ApiError as error:
-        _note_failure(answer, error)
-        raise
-    finally:
-        answer.usage = rewrite.usage
-        answer.total_ms = _elapsed_ms(call)
-
-
-def _note_failure(answer: _Answer, error: ApiError) -> None:
-    # A request that vLLM will not have is its client's fault, and must not speak against the policy.
-    if error.status_code < 500:
-        answer.refused = True
-    else:
-        answer.status = CompletionStatus.FAILED
-
-
-@asynccontextmanager
-async def _time_limit(call: _Call) -> AsyncIterator[None]:
-    seconds = call.state.settings.chat.timeout_s
-    try:
-        async with asyncio.timeout(seconds):
-            yield
-    except TimeoutError as error:
-        raise ApiError(
-            504,
-            f"The answer took longer than {seconds:g} s and was stopped. Ask for fewer tokens.",
-            type="timeout_error",
-            code="timeout",
-        ) from error
-
-
-def _elapsed_ms(call: _Call) -> float:
-    return round((time.perf_counter() - call.started) * 1000, 3)
-
-
-def _choice(choice: _EngineChoice, index: int) -> dict[str, Any]:
+def _choice(choice: EngineChoice, index: int) -> dict[str, Any]:
     said = choice.message
     message: dict[str, Any] = {"role": said.role, "content": said.content, "refusal": said.refusal}
     if said.tool_calls:
@@ -656,12 +491,12 @@ def _choice(choice: _EngineChoice, index: int) -> dict[str, Any]:
     }
 
 
-def _sum_usage(answers: list[_Answer]) -> dict[str, int]:
+def _sum_usage(answers: list[Answer]) -> dict[str, int]:
     usages = [answer.usage for answer in answers if answer.usage]
     return {name: sum(usage[name] for usage in usages) for name in usages[0]} if usages else {}
 
 
-def _last_chunk(call: _Call, id: str, created: int, fingerprint: str | None, answers: list[_Answer]) -> dict[str, Any]:
+def _last_chunk(call: Call, id: str, created: int, fingerprint: str | None, answers: list[Answer]) -> dict[str, Any]:
     chunk: dict[str, Any] = {
         "id": id,
         "object": "chat.completion.chunk",
@@ -673,55 +508,3 @@ def _last_chunk(call: _Call, id: str, created: int, fingerprint: str | None, ans
     if call.include_usage:
         chunk["usage"] = _sum_usage(answers)
     return chunk
-
-
-def _rows(call: _Call, answer: _Answer) -> list[Completion]:
-    """One row for every choice."""
-    usage = answer.usage or {}
-    choices = answer.choices or {0: {}}
-    return [
-        Completion(
-            id=answer.id if index == 0 else new_id("cpl"),
-            key_id=call.key.id,
-            user=call.user,
-            conversation=completions.conversation_of(call.user, call.messages),
-            messages=call.messages,
-            answer=choice.get("content") or "",
-            tool_calls=choice.get("tool_calls") or None,
-            policy=answer.policy,
-            sampling=answer.sampling,
-            status=answer.status,
-            finish_reason=choice.get("finish_reason"),
-            prompt_tokens=usage.get("prompt_tokens"),
-            # vLLM counts the tokens of all choices together.
-            completion_tokens=usage.get("completion_tokens") if len(choices) == 1 else None,
-            first_token_ms=answer.first_token_ms,
-            total_ms=answer.total_ms or _elapsed_ms(call),
-            created_at=answer.created_at,
-        )
-        for index, choice in sorted(choices.items())
-    ]
-
-
-def _log(call: _Call, answer: _Answer) -> None:
-    """Put the answer on record, in the event loop's next turn: the last bytes leave first, and what was said is read
-    after them."""
-    if not answer.refused:
-        asyncio.get_running_loop().call_soon(_hand_to_writer, call, answer)
-
-
-def _hand_to_writer(call: _Call, answer: _Answer) -> None:
-    rows = _rows(call, answer)
-    _count(call, answer, len(rows))
-
-    def write(db: Any) -> None:
-        for row in rows:
-            completions.insert(db, row)
-
-    call.state.write_later(write)
-
-
-def _count(call: _Call, answer: _Answer, choices: int) -> None:
-    call.state.metrics.completions.labels(answer.status).inc(choices)
-    if answer.first_token_ms is not None:
-        call.state.metrics.first_token_s.observe(answer.first_token_ms / 1000)

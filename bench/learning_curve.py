@@ -182,7 +182,7 @@ def of_several(found: dict[int, dict[int, float]]) -> dict[int, float]:
 
 
 def fit(means: dict[int, float]) -> tuple[float, float, float] | None:
-    """(a, b, c) of win rate = a - b * votes^-c by least squares; None for fewer than four points."""
+    """(a, b, c) of win rate = a - b * votes^-c, a at most 1, by least squares; None for fewer than four points."""
     if len(means) < 4:
         return None
     votes, rates = np.array(list(means)), np.array(list(means.values()))
@@ -190,6 +190,9 @@ def fit(means: dict[int, float]) -> tuple[float, float, float] | None:
     for c in np.linspace(0.05, 2.0, 118):
         columns = np.stack([np.ones(len(votes)), -(votes.astype(float) ** -c)], axis=1)
         solution = np.linalg.lstsq(columns, rates, rcond=1e-12)[0]
+        if solution[0] > 1:  # no answers win more often than always
+            fall = columns[:, 1]
+            solution = np.array([1.0, (rates - 1) @ fall / (fall @ fall)])
         error = float(((columns @ solution - rates) ** 2).sum())
         if best is None or error < best[0]:
             best = error, (float(solution[0]), float(solution[1]), float(c))

@@ -62,6 +62,15 @@ def test_the_fit_finds_the_curve_that_made_the_points() -> None:
     assert fit({250: 0.7, 500: 0.8, 1000: 0.85}) is None
 
 
+def test_no_fit_promises_more_than_every_answer() -> None:
+    straight = {n: 0.6 + 0.05 * i for i, n in enumerate(VOTES)}
+    found = fit(straight)
+    assert found
+    a, b, c = found
+    assert a == 1
+    assert all(a - b * n**-c == pytest.approx(rate, abs=0.04) for n, rate in straight.items())
+
+
 def test_the_ratio_says_where_active_pairs_reach_the_random_curve() -> None:
     rows = [row("once", n, seed, rate) for seed in (1, 2) for n, rate in ((250, 0.6), (1000, 0.7), (4000, 0.8))]
     assert summary(rows)["votes_ratio_active"] is None

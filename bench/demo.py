@@ -29,6 +29,7 @@ from dataclasses import dataclass, field, replace
 from datetime import datetime
 from html import escape
 from pathlib import Path
+from shlex import quote
 from statistics import fmean
 from string import Template
 from typing import Any
@@ -568,7 +569,7 @@ async def demo(options: argparse.Namespace, plan: Plan, console: Console) -> int
             console.print(
                 f"Chat with it (the link works once, within an hour of the start): {up.sign_in}\n"
                 f"It serves at {up.house.url}; Ctrl-C stops everything. This starts it again:"
-                f" NIGHTSHIFT_CONFIG={config} nightshift up --state {state}",
+                f" NIGHTSHIFT_CONFIG={quote(str(config))} nightshift up --state {quote(str(state))}",
                 soft_wrap=True,
             )
         if options.json:

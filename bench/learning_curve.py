@@ -391,17 +391,15 @@ def picture(rows: list[dict[str, Any]]) -> str:
     return "\n".join([*parts, "</svg>", ""])
 
 
-def publish(rows: list[dict[str, Any]]) -> str:
-    """The picture, and the table beside it."""
+def draw(rows: list[dict[str, Any]]) -> None:
     PICTURE.write_text(picture(rows))
-    return markdown(rows)
 
 
-SHEET = Sheet(bench="learning_curve", table=table, markdown=publish, summary=summary)
+SHEET = Sheet(bench="learning_curve", seeds=SEEDS, table=table, markdown=markdown, summary=summary, draw=draw)
 
 
 def main() -> None:
-    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="250 and 500 votes, one seed, 200 prompts, 8 steps")
+    parser = SHEET.parser(__doc__, quick="250 and 500 votes, one seed, 200 prompts, 8 steps")
     parser.add_argument("--votes", type=int, default=VOTES[-1], help="up to so many")
     parser.add_argument("--way", action="append", choices=WAYS, help="only these ways")
     arguments = parser.parse_args()
@@ -416,7 +414,7 @@ def main() -> None:
 
     SHEET.go_on(
         arguments,
-        cells(arguments.way or WAYS, votes, arguments.seed or SEEDS[: 1 if quick else None]),
+        cells(arguments.way or WAYS, votes, SHEET.seeds_for(arguments)),
         run=lambda cell, _: curve(cell.seed).run(cell),
         is_done=lambda cell, row: cell == Cell(row["votes"], row["seed"], row["way"]),
     )

@@ -197,18 +197,18 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-SHEET = Sheet(bench="noise", table=table, markdown=markdown, summary=summary)
+SHEET = Sheet(bench="noise", seeds=SEEDS, table=table, markdown=markdown, summary=summary)
 
 
 def main() -> None:
-    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="one seed, three shares, 500 votes, no policies")
+    parser = SHEET.parser(__doc__, quick="one seed, three shares, 500 votes, no policies")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of noise")
     parser.add_argument("--noise", choices=sorted({noise for noise, _ in WAYS}), help="only this kind")
     parser.add_argument("--rewards-only", action="store_true", help="no policies: minutes instead of hours")
     arguments = parser.parse_args()
     quick = arguments.quick
     policies = not (quick or arguments.rewards_only)
-    wanted = cells((0.0, 0.2, 0.4) if quick else arguments.shares, arguments.seed or (SEEDS[:1] if quick else SEEDS))
+    wanted = cells((0.0, 0.2, 0.4) if quick else arguments.shares, SHEET.seeds_for(arguments))
 
     @lru_cache(maxsize=1)
     def noise(seed: int) -> Noise:

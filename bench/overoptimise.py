@@ -224,6 +224,7 @@ def of_runs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
 
 SHEET = Sheet(
     bench="overoptimise",
+    seeds=SEEDS,
     table=lambda rows: table(of_runs(rows)),
     markdown=lambda rows: markdown(of_runs(rows)),
     summary=lambda rows: {"kl_budget": SHIPS.kl_budget, "curves": of_runs(rows)},
@@ -231,11 +232,11 @@ SHEET = Sheet(
 
 
 def main() -> None:
-    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="250 votes, one seed, 24 steps")
+    parser = SHEET.parser(__doc__, quick="250 votes, one seed, 24 steps")
     parser.add_argument("--votes", type=int, action="append", choices=VOTES, help="only reward models of so many")
     arguments = parser.parse_args()
     quick = arguments.quick
-    sizes, seeds = arguments.votes or VOTES[: 1 if quick else None], arguments.seed or SEEDS[: 1 if quick else None]
+    sizes, seeds = arguments.votes or VOTES[: 1 if quick else None], SHEET.seeds_for(arguments)
 
     @lru_cache(maxsize=1)
     def lab(seed: int) -> Lab:

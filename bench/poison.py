@@ -331,6 +331,7 @@ def latest(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
 
 SHEET = Sheet(
     bench="poison",
+    seeds=SEEDS,
     table=lambda rows: table(latest(rows)),
     markdown=lambda rows: markdown(latest(rows)),
     summary=lambda rows: summary(latest(rows)),
@@ -339,18 +340,16 @@ SHEET = Sheet(
 
 
 def main() -> None:
-    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="the phrase, 0 and 5 %%, all or nothing, one seed")
+    parser = SHEET.parser(__doc__, quick="the phrase, 0 and 5 %%, all or nothing, one seed")
     parser.add_argument("--policies", action="store_true", help="PPO and the gate too: minutes a cell")
     parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of hostile votes")
     parser.add_argument("--plots", nargs="+", default=tuple(PLOTS), choices=PLOTS)
     parser.add_argument("--defences", nargs="+", default=tuple(DEFENCES), choices=DEFENCES)
     arguments = parser.parse_args()
     quick, policies = arguments.quick, arguments.policies
-    wanted = (
-        cells(("phrase",), (0.0, 0.05), ("none", "all"), arguments.seed or SEEDS[:1])
-        if quick
-        else cells(arguments.plots, arguments.shares, arguments.defences, arguments.seed or SEEDS)
-    )
+    plots, shares, defences = arguments.plots, arguments.shares, arguments.defences
+    if quick:
+        plots, shares, defences = ("phrase",), (0.0, 0.05), ("none", "all")
 
     @lru_cache(maxsize=1)
     def poison(plot: str, seed: int) -> Poison:
@@ -358,7 +357,7 @@ def main() -> None:
 
     SHEET.go_on(
         arguments,
-        wanted,
+        cells(plots, shares, defences, SHEET.seeds_for(arguments)),
         run=lambda cell, rows: run(poison(cell.plot, cell.seed), cell, rows, policies=policies),
         is_done=lambda cell, row: cell == of(row) and (is_judged(row) or not policies),
     )

@@ -158,15 +158,15 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return record.markdown(["logits for the answer shown first", *(f"{bias:g}" for bias in BIASES)], lines)
 
 
-SHEET = Sheet(bench="position_bias", table=table, markdown=markdown, summary=summary, width=176)
+SHEET = Sheet(bench="position_bias", seeds=SEEDS, table=table, markdown=markdown, summary=summary, width=176)
 
 
 def main() -> None:
-    parser = SHEET.parser(__doc__, seeds=SEEDS, quick="one seed, 0 and 1 logit, 500 votes")
+    parser = SHEET.parser(__doc__, quick="one seed, 0 and 1 logit, 500 votes")
     parser.add_argument("--biases", type=float, nargs="+", default=BIASES, help="logits")
     arguments = parser.parse_args()
     quick = arguments.quick
-    seeds, biases = arguments.seed or (SEEDS[:1] if quick else SEEDS), BIASES[:2] if quick else arguments.biases
+    seeds, biases = SHEET.seeds_for(arguments), BIASES[:2] if quick else arguments.biases
 
     @lru_cache(maxsize=1)
     def bias(seed: int) -> Bias:

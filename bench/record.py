@@ -96,11 +96,14 @@ class Sheet:
     """A bench's finished cells, and what is made of them."""
 
     bench: str
+    seeds: Sequence[int]
     table: Callable[[list[Row]], Table]
     markdown: Callable[[list[Row]], str]
     """The README's table."""
     summary: Callable[[list[Row]], dict[str, Any]]
     """The figures of `--json`."""
+    draw: Callable[[list[Row]], object] = lambda rows: None
+    """Writes the picture that the README shows beside the table."""
     width: int = 132
     """Characters below which the table would lose columns."""
 
@@ -108,7 +111,7 @@ class Sheet:
     def path(self) -> Path:
         return RESULTS / f"{self.bench}.jsonl"
 
-    def parser(self, doc: str | None, *, seeds: Sequence[int], quick: str) -> argparse.ArgumentParser:
+    def parser(self, doc: str | None, *, quick: str) -> argparse.ArgumentParser:
         """The options of every such bench.
 
         Args:
@@ -116,14 +119,17 @@ class Sheet:
         """
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--quick", action="store_true", help=f"{quick}; nothing is kept")
-        parser.add_argument(
-            "--seed", type=int, action="append", help=f"only these seeds (default {seeds[0]} to {seeds[-1]})"
-        )
+        seeds = f"{self.seeds[0]} to {self.seeds[-1]}"
+        parser.add_argument("--seed", type=int, action="append", help=f"only these seeds (default {seeds})")
         parser.add_argument("--cells", type=int, default=10**9, help="at most so many new cells; 0: only show")
         parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
-        parser.add_argument("--results", type=Path, default=self.path, help="of the finished cells")
+        parser.add_argument("--results", type=Path, help="of the finished cells (default under bench/results)")
         parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
         return parser
+
+    def seeds_for(self, arguments: argparse.Namespace) -> Sequence[int]:
+        """Those that were asked for; by default all, and one where it is to be quick."""
+        return arguments.seed or self.seeds[: 1 if arguments.quick else None]
 
     def go_on(
         self,
@@ -139,7 +145,7 @@ class Sheet:
             run: makes a cell's row, given the rows that there are.
             is_done: whether it has this row already.
         """
-        path = Path(mkdtemp()) / "quick.jsonl" if arguments.quick else arguments.results
+        path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else self.path)
         console = Console()
         console.width = max(console.width, self.width)
         rows = read(path)
@@ -161,4 +167,5 @@ class Sheet:
 
     def _publish(self, path: Path, rows: list[Row]) -> None:
         if path == self.path:
+            self.draw(rows)
             put_into_readme(self.bench, self.markdown(rows))

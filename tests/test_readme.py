@@ -35,10 +35,9 @@ def test_every_module_has_its_line_in_the_readme() -> None:
 
 def test_the_readme_shows_what_was_measured() -> None:
     rows = {path.stem: read(path) for path in RESULTS.glob("*.jsonl")}
-    others = (noise, overoptimise, poison, position_bias)
+    sheets = [module.SHEET for module in (learning_curve, noise, overoptimise, poison, position_bias)]
     assert {bench: in_readme(bench)[1] for bench in rows} == {
-        "learning_curve": learning_curve.markdown(rows["learning_curve"]),
-        **{module.SHEET.bench: module.SHEET.markdown(rows[module.SHEET.bench]) for module in others},
+        sheet.bench: sheet.markdown(rows[sheet.bench]) for sheet in sheets
     }, "run each bench's command with --cells 0"
 
 

@@ -43,6 +43,7 @@ class Cell:
 
 SHEET = Sheet(
     bench="noise",
+    seeds=(1, 2, 3),
     table=lambda rows: Table(title=f"{len(rows)} cells"),
     markdown=lambda rows: "".join(f"| {row['seed']} |\n" for row in rows),
     summary=lambda rows: {"cells": len(rows)},
@@ -60,7 +61,7 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def arguments(monkeypatch: pytest.MonkeyPatch, *given: str) -> Namespace:
     monkeypatch.setattr(sys, "argv", ["noise", *given])
-    return SHEET.parser("What it does.", seeds=(1, 2, 3), quick="one seed").parse_args()
+    return SHEET.parser("What it does.", quick="one seed").parse_args()
 
 
 def go_on(given: Namespace, breaks_at: int | None = None) -> None:
@@ -95,6 +96,7 @@ def test_the_readme_shows_no_quick_run_and_nobody_elses_results(
     readme: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     before = readme.read_text()
+    assert SHEET.seeds_for(arguments(monkeypatch, "--quick")) == (1,)
     go_on(arguments(monkeypatch, "--quick"))
     go_on(arguments(monkeypatch, "--results", str(tmp_path / "others.jsonl")))
     assert len(read(tmp_path / "others.jsonl")) == 3

@@ -124,7 +124,7 @@ class Noise:
 
 def values(rows: Sequence[dict[str, Any]], noise: str, share: float, defence: str, figure: str) -> dict[int, float]:
     """By seed. A cell that was run again, for its policy, keeps what its first run said: that was on the machine of the
-    other cells of its seed."""
+    other cells of its seed. So the policy is of the same votes, but of another reward model than the accuracy."""
     noise, defence = (noise, defence) if share else SAME.get((noise, defence), (noise, defence))
     found: dict[int, float] = {}
     for row in rows:
@@ -178,7 +178,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     lines = {
         "votes flipped at random: pairs in gold's order": ("flipped", "plain", "accuracy"),
         f"the best of {BEST_OF} by that reward model, no PPO": ("flipped", "plain", "best_of_4"),
-        "win rate of the policy that learned from it": ("flipped", "plain", "win_rate"),
+        "win rate of a policy that learned from the same votes": ("flipped", "plain", "win_rate"),
         "this share of people vote at random: pairs in gold's order": ("at random", "plain", "accuracy"),
         "the same, raters weighed by reliability or left out": ("at random", "reliability", "accuracy"),
         f"one person, who likes it long, casts this share of {VOTES * OF_ONE_RATER:,} votes: pairs in gold's order": (

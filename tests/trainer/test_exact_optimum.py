@@ -108,7 +108,7 @@ def world() -> World:
 def where(rising: Callable[[float], float], wanted: float) -> float:
     """The number at which it takes the wanted value."""
     low, high = 0.01, 100.0
-    for _ in range(30):
+    for _ in range(20):
         middle = (low * high) ** 0.5
         low, high = (middle, high) if rising(middle) < wanted else (low, middle)
     return low
@@ -177,7 +177,7 @@ def after_a_mistake(world: World, mistake: Mistake | None) -> float:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if mistake:
             mistake(world, monkeypatch)
-        world.learn(replace(CONFIG, steps=20, learning_rate=3e-4, seed=1))
+        world.learn(replace(CONFIG, steps=10, learning_rate=3e-4, seed=1))
     left = world.reached()
     for name, state in kept.items():
         world.backbone.adapters.set_state(name, state)

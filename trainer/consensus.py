@@ -50,6 +50,7 @@ def judge(
             rejected=record["rejected"][0]["content"],
             first=pair.shown > 0,
             expected=chance,
+            policies=frozenset({record["chosen_policy"], record["rejected_policy"]}),
         )
         for (record, pair), chance in zip(decisive, chances, strict=True)
     ]

@@ -57,6 +57,8 @@ class JudgedVote:
     """Whether the chosen answer was shown first."""
     expected: float
     """p: the chance that the others' consensus gives to this choice."""
+    policies: frozenset[str] = frozenset()
+    """Who wrote the two answers."""
 
 
 def standings(
@@ -77,7 +79,7 @@ def standings(
     mean = max(zip(sums, GRID, strict=True))[1]
     agreed = {rater: sum(vote.expected > 0.5 for vote in theirs) for rater, theirs in by_rater.items()}
     usual = sum(agreed.values()) / len(votes) if votes else 0.0
-    pushed = pushers([(vote.rater, vote.chosen, vote.rejected) for vote in votes]) if len(crowd) >= CROWD else {}
+    pushed = _pushed(votes, distrusted)
     sides = one_sided({rater: (sum(v.first for v in theirs), len(theirs)) for rater, theirs in by_rater.items()})
     found = {}
     for rater, theirs in by_rater.items():
@@ -91,6 +93,22 @@ def standings(
                 + (f"; {right} of {asked} gold questions right." if asked else ".")
             )
         found[rater] = Standing(len(theirs), agreed[rater], reliability, suspicion)
+    return found
+
+
+def _pushed(votes: Sequence[JudgedVote], distrusted: Collection[str]) -> dict[str, str]:
+    """Who pushes a phrase, by the votes on answers of the same policies. How often a phrase comes is a policy's: who
+    only voted while a newer one was on trial met its phrases more often than all before."""
+    by_policies: dict[frozenset[str], list[JudgedVote]] = defaultdict(list)
+    for vote in votes:
+        by_policies[vote.policies].append(vote)
+    found: dict[str, str] = {}
+    for policies, theirs in by_policies.items():
+        if len({vote.rater for vote in theirs}.difference(distrusted)) >= CROWD:
+            texts = [(vote.rater, vote.chosen, vote.rejected) for vote in theirs]
+            for rater, sentence in pushers(texts, rare=RARE / len(by_policies)).items():
+                of = f"Of answers by {' and '.join(sorted(policies))}: " if len(by_policies) > 1 else ""
+                found.setdefault(rater, of + sentence)
     return found
 
 
@@ -136,7 +154,7 @@ def one_sided(firsts: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     return found
 
 
-def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
+def pushers(votes: Sequence[tuple[str, str, str]], *, rare: float = RARE) -> dict[str, str]:
     """Who pushes a phrase, and a sentence on it.
 
     A vote is for a phrase when the chosen answer has it and the other one has not. However much a rater likes it, such
@@ -145,7 +163,8 @@ def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     together. Who votes against the phrase about as often is interested in a subject and pushes nothing.
 
     Args:
-        votes: rater, chosen text and rejected text of each.
+        votes: rater, chosen text and rejected text of each, on answers that have the phrase about as often for everybody.
+        rare: chance of a false alarm.
     """
     cast = Counter(rater for rater, _, _ in votes)
     for_: dict[str, Counter[str]] = defaultdict(Counter)
@@ -161,12 +180,17 @@ def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     for phrase, counts in tried.items():
         if all(count < PUSHED * cast[rater] for rater, count in counts.items()):
             continue
-        share = _usual(counts, against[phrase], cast)
-        least = {count: _least(count, share) for count in set(cast.values())}
-        many = {rater for rater, count in counts.items() if count >= least[cast[rater]][0]}
+        pairs = counts + against[phrase]
+        # What is usual is counted without all who may push it, and then anew without those alone who stand out: the first
+        # count leaves out honest people who were lucky, and in a large crowd the little that it is too low is enough.
+        aside = _eager(counts, cast)
+        for _ in range(2):
+            share = _usual(pairs, cast, aside)
+            least = {count: _least(count, share) for count in set(cast.values())}
+            aside = many = {rater for rater, count in counts.items() if count >= least[cast[rater]][0]}
         together = poisson_tail(len(many), sum(least[count][1] for count in cast.values())) * len(tried)
         alone = {rater: binomial_tail(counts[rater], cast[rater], share) * len(cast) * len(tried) for rater in many}
-        group = {rater for rater in many if min(together, alone[rater]) < RARE}
+        group = {rater for rater in many if min(together, alone[rater]) < rare}
         wins, losses = (sum(side[rater] for rater in group) for side in (counts, against[phrase]))
         if not group or losses > (1 - ONE_SIDED) * (wins + losses):
             continue
@@ -182,17 +206,23 @@ def pushers(votes: Sequence[tuple[str, str, str]]) -> dict[str, str]:
     return {rater: sentence for rater, (_, _, sentence) in found.items()}
 
 
-def _usual(for_: Counter[str], against: Counter[str], cast: Counter[str]) -> float:
-    """How often a pair that differs in a phrase comes to people who do not push it. Those who give it the most votes,
-    PUSHED of them or more, are left aside, up to MASKED of all votes, since their own pairs would hide them; but two
-    thirds of what there is in all stays, so that what few people ever saw is not what nobody sees."""
-    pairs, votes = for_.total() + against.total(), cast.total()
-    others, left = pairs, votes
+def _eager(for_: Counter[str], cast: Counter[str]) -> set[str]:
+    """Those who give a phrase the most votes, PUSHED of them or more, up to MASKED of all votes."""
+    found, left = set(), MASKED * cast.total()
     for rater in sorted(for_, key=lambda rater: for_[rater] / cast[rater], reverse=True):
-        if for_[rater] < PUSHED * cast[rater] or left - cast[rater] < (1 - MASKED) * votes:
+        left -= cast[rater]
+        if for_[rater] < PUSHED * cast[rater] or left < 0:
             break
-        others, left = others - for_[rater] - against[rater], left - cast[rater]
-    return max(others / left, pairs / votes * 2 / 3)
+        found.add(rater)
+    return found
+
+
+def _usual(pairs: Counter[str], cast: Counter[str], aside: Collection[str]) -> float:
+    """How often a pair that differs in a phrase comes to people who do not push it: to all but those left `aside`, whose
+    own pairs would hide them. But two thirds of what there is in all stays, so that what few people ever saw is not
+    what nobody sees."""
+    others, left = (counts.total() - sum(counts[rater] for rater in aside) for counts in (pairs, cast))
+    return max(others / max(left, 1), pairs.total() / cast.total() * 2 / 3)
 
 
 def _least(votes: int, share: float) -> tuple[int, float]:

@@ -193,6 +193,54 @@ def test_nothing_is_pushed_without_votes() -> None:
     assert pushers([]) == {}
 
 
+def drawn(
+    rater: str, votes: int, rng: random.Random, *, says: tuple[float, float], likes: float
+) -> list[tuple[str, str, str]]:
+    """Votes on pairs of which the two policies say a phrase so often, by one who likes it so often."""
+    found = []
+    for _ in range(votes):
+        has = [rng.random() < share for share in says]
+        texts = [" ".join(rng.sample(WORDS, 6)) + " I am glad!" * it for it in has]
+        likes_it = rng.random() < (likes if has[0] != has[1] else 0.5)
+        best = has.index(likes_it) if has[0] != has[1] else int(likes_it)
+        found.append((rater, texts[best], texts[1 - best]))
+    return found
+
+
+def of_policies(votes: Sequence[tuple[str, str, str]], *policies: str) -> list[JudgedVote]:
+    return [JudgedVote(*vote, first=bool(i % 2), expected=0.7, policies=frozenset(policies))
+            for i, vote in enumerate(votes)]  # fmt: skip
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_came_during_a_trial_pushes_nothing_of_the_candidates(seed: int) -> None:
+    rng = random.Random(seed)
+    before = [v for i in range(40) for v in drawn(f"old {i}", 25, rng, says=(0.05, 0.05), likes=0.92)]
+    trial = [v for i in range(20) for v in drawn(f"new {i}", 10, rng, says=(0.98, 0.05), likes=0.92)]
+    assert pushers(before + trial)  # taken for one, they would be
+    votes = of_policies(before, "policy-0000") + of_policies(trial, "policy-0000", "policy-0001")
+    assert [rater for rater, standing in standings(votes, {}).items() if standing.suspicion] == []
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_who_pushes_a_phrase_during_a_trial_is_found(seed: int) -> None:
+    rng = random.Random(seed)
+    before = [v for i in range(40) for v in drawn(f"old {i}", 25, rng, says=(0.05, 0.05), likes=0.5)]
+    trial = [v for i in range(20) for v in drawn(f"old {i}", 10, rng, says=(0.05, 0.05), likes=0.5)]
+    trial += [v for i in range(5) for v in pushed(f"bot {i}", 6, rng)]
+    votes = of_policies(before, "policy-0000") + of_policies(trial, "policy-0000", "policy-0001")
+    found = {rater: standing.suspicion or "" for rater, standing in standings(votes, {}).items() if standing.suspicion}
+    assert found.keys() == {f"bot {i}" for i in range(5)}
+    assert found["bot 0"].startswith("Of answers by policy-0000 and policy-0001: 6 of 6 votes are for")
+
+
+@pytest.mark.parametrize("votes", [3, 4])
+def test_a_large_crowd_has_nobody_who_stands_out_by_chance(votes: int) -> None:
+    rng = random.Random(votes)
+    crowd = [v for i in range(4000) for v in drawn(f"rater {i}", votes, rng, says=(0.2, 0.2), likes=0.95)]
+    assert pushers(crowd) == {}
+
+
 # Tails
 
 

@@ -50,16 +50,14 @@ def reward_models(db: Database) -> list[RewardModelRow]:
     return [RewardModelRow(id, run_id, path, sha256, json.loads(metrics)) for id, run_id, path, sha256, metrics in rows]
 
 
-def newest_reward_model(db: Database) -> RewardModelRow | None:
-    """Of those whose policy nobody turned away, not the gate, not people in a trial, not a rollback: what may not serve
+def turned_away(db: Database) -> set[str]:
+    """The reward models whose policy somebody turned away: the gate, people in a trial, a rollback. What may not serve
     as a policy may not choose among answers either."""
-    row = db.execute(
-        "SELECT id, run_id, path, sha256, metrics FROM reward_models WHERE id NOT IN"
-        " (SELECT reward_model FROM policies WHERE status IN (?, ?) AND reward_model IS NOT NULL)"
-        " ORDER BY id DESC LIMIT 1",
+    rows = db.execute(
+        "SELECT reward_model FROM policies WHERE status IN (?, ?) AND reward_model IS NOT NULL",
         (PolicyStatus.REJECTED, PolicyStatus.ROLLED_BACK),
-    ).fetchone()
-    return RewardModelRow(row[0], row[1], row[2], row[3], json.loads(row[4])) if row else None
+    )
+    return {id for (id,) in rows}
 
 
 def checked_folder(state: Path, row: RewardModelRow) -> Path:

@@ -61,14 +61,15 @@ class Scorer:
     def look(self) -> None:
         """Take the newest reward model, where it is another than the last that was tried. One that cannot be loaded
         leaves the one before in its place, and is tried again later. One whose policy was turned away is let go."""
-        row = learning.newest_reward_model(self._db)
+        turned_away = learning.turned_away(self._db)
+        if self.reward_model in turned_away:
+            print(f"{self.reward_model} scores no more: its policy was turned away", file=sys.stderr, flush=True)
+            self.reward_model = self._model = None
+        row = next((row for row in learning.reward_models(self._db) if row.id not in turned_away), None)
         newest = row.id if row else None
         if newest == self._tried and (self.problem is None or time.monotonic() < self._retry_at):
             return
         self._tried = newest
-        if self.reward_model is not None and (newest is None or self.reward_model > newest):  # ids sort by time
-            print(f"{self.reward_model} scores no more: its policy was turned away", file=sys.stderr, flush=True)
-            self.reward_model = self._model = None
         self.problem = None
         if row is None or newest == self.reward_model:
             return

@@ -10,6 +10,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -385,6 +386,25 @@ async def test_the_best_of_n_is_given_and_says_so_on_record(
     assert (sampling["best_of_n"], sampling["reward_model"]) == (4, "rm_1")
     assert sorted(chat.body["priority"] for chat in engine.chats) == [0, 1, 1, 1]
     assert all("best_of_n" not in chat.body for chat in engine.chats)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("cut", "given"), [([AGREED], DULL), ([FIRST, DISPUTED, AGREED, DULL], AGREED)])
+async def test_an_answer_that_was_cut_off_is_given_only_where_all_were(
+    open_house: OpenHouse, engine: FakeEngine, judge: Judge, stream: bool, cut: list[str], given: str
+) -> None:
+    house = await open_scored(open_house, engine, serving={"best_of_n": 4})
+    plain = by_turn(FIRST, DISPUTED, AGREED, DULL)
+
+    def answer_to(body: dict[str, Any]) -> Reply:
+        reply = plain(body)
+        return replace(reply, finish_reason="length") if "".join(reply.choices[0]) in cut else reply
+
+    engine.answer = answer_to
+    answer = await house.chat(seed=7, stream=stream)
+    assert (answer.streamed() if stream else answer.text) == given
+    (row,) = await house.rows("completions")
+    assert json.loads(row["sampling"])["best_of_n"] == 4
 
 
 @pytest.mark.parametrize("stream", [False, True])

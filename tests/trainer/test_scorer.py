@@ -94,8 +94,7 @@ def test_it_says_what_each_head_of_the_newest_reward_model_says(
     for seed in (1, 2, 3):
         model = add_reward_model(settings, db, seed=seed, heads=seed)
         scorer.look()
-        newest = learning.newest_reward_model(db)
-        assert newest is not None
+        newest = learning.reward_models(db)[0]
         assert scorer.reward_model == newest.id
         scores = scorer.score(HELLO, texts)
         assert torch.allclose(torch.tensor(scores), torch.tensor(expected(model, chat, texts)), atol=1e-5)
@@ -111,8 +110,7 @@ def test_one_that_cannot_be_loaded_leaves_the_one_before_in_its_place(
     good = scorer.reward_model
 
     add_reward_model(settings, db, seed=1)
-    damaged = learning.newest_reward_model(db)
-    assert damaged is not None
+    damaged = learning.reward_models(db)[0]
     (settings.state / damaged.path / "heads.safetensors").write_bytes(b"damaged")
     scorer.look()
     assert scorer.reward_model == good
@@ -137,8 +135,7 @@ def test_one_that_was_mended_is_taken_after_a_while(
     settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     add_reward_model(settings, db)
-    row = learning.newest_reward_model(db)
-    assert row is not None
+    row = learning.reward_models(db)[0]
     heads = settings.state / row.path / "heads.safetensors"
     whole = heads.read_bytes()
     heads.write_bytes(b"damaged")
@@ -161,8 +158,7 @@ def test_one_whose_policy_was_turned_away_scores_no_more(
     ids = []
     for number in (1, 2):
         add_reward_model(settings, db, seed=number)
-        newest = learning.newest_reward_model(db)
-        assert newest is not None
+        newest = learning.reward_models(db)[0]
         ids.append(newest.id)
         with transaction(db):
             registry.insert(
@@ -183,12 +179,35 @@ def test_one_whose_policy_was_turned_away_scores_no_more(
         assert scorer.problem is None
 
 
+def test_one_whose_policy_was_turned_away_scores_no_more_where_a_newer_one_cannot_be_loaded(
+    settings: Settings, db: Database
+) -> None:
+    add_reward_model(settings, db)
+    good = learning.reward_models(db)[0]
+    with transaction(db):
+        serving = Policy(
+            "policy-0001", None, "policies/1", "", "", PolicyStatus.SERVING, timestamp(), "run_1", good.id
+        )  # fmt: skip
+        registry.insert(db, serving)
+    scorer = Scorer(settings)
+    scorer.look()
+    add_reward_model(settings, db, seed=1)
+    damaged = learning.reward_models(db)[0]
+    (settings.state / damaged.path / "heads.safetensors").write_bytes(b"damaged")
+    scorer.look()
+    assert scorer.reward_model == good.id
+    with transaction(db):
+        db.execute("UPDATE policies SET status = ?", (PolicyStatus.ROLLED_BACK,))
+    scorer.look()
+    assert scorer.reward_model is None
+    assert scorer.problem is not None, "the newest is still not loaded"
+
+
 def test_a_reward_model_outside_its_folder_is_not_read(settings: Settings, db: Database) -> None:
     add_reward_model(settings, db)
     with transaction(db):
         db.execute("UPDATE reward_models SET path = 'policies/../../elsewhere'")
-    row = learning.newest_reward_model(db)
-    assert row is not None
+    row = learning.reward_models(db)[0]
     with pytest.raises(registry.RegistryError, match="outside"):
         learning.checked_folder(settings.state, row)
 
@@ -370,8 +389,7 @@ def test_the_process_waits_for_a_reward_model_takes_it_and_ends_in_order(setting
         with scorer_process(settings) as second:
             assert second.wait(60) == 1
         add_reward_model(settings, db)
-        newest = learning.newest_reward_model(db)
-        assert newest is not None
+        newest = learning.reward_models(db)[0]
         assert until_it_says(settings, 200) == {"reward_model": newest.id, "problem": None}
         status, said = ask(settings, "POST", json.dumps({"messages": HELLO, "answers": ["One.", "Two."]}))
         assert (status, len(said["scores"]), len(said["scores"][0])) == (200, 2, 3)

@@ -432,7 +432,7 @@ def facts(story: Story) -> list[tuple[str, str]]:
     mean_before = fmean(said.gold for said in story.before)
     mean_after = f", {fmean(said.gold for said in story.after):.2f} after" if story.learned else ""
     rows.append(("what an answer is worth", f"{mean_before:.2f} before{mean_after} (-1.5 to 5)"))
-    rows.append(("chats", f"{story.chats}, of which {story.failed} failed"))
+    rows.append(("chats", f"{story.chats}; {story.failed} requests, of chats or votes, without a whole answer"))
     return [*rows, ("in all", f"{minutes:.1f} minutes")]
 
 

@@ -434,9 +434,8 @@ def figures(
 
 
 async def bench(
-    folder: Path, model: Path, python: Path | None, options: argparse.Namespace
+    folder: Path, model: Path, python: Path | None, rates: list[float], options: argparse.Namespace
 ) -> tuple[dict[float, dict[str, list[Latencies]]], dict[str, list[float]]]:
-    rates = sorted(float(rate) for rate in options.rates.split(","))
     gc.disable()  # pauses of ours would look like theirs; collected between the runs
     taken = await latency_half(folder, model, python, rates, quick=options.quick, rng=random.Random(options.seed))
     shutil.rmtree(folder / "state")
@@ -454,6 +453,12 @@ def main() -> None:
     parser.add_argument("--no-engine", action="store_true", help="leave out the throughput on a real vLLM")
     parser.add_argument("--litellm", default="auto", help="auto, off, or the Python of its environment")
     options = parser.parse_args()
+    try:
+        rates = sorted(float(rate) for rate in options.rates.split(","))
+    except ValueError:
+        rates = []
+    if min(rates, default=0.0) <= 0:
+        parser.error("--rates are numbers above 0, between commas")
 
     Path(".bench").mkdir(exist_ok=True)  # a real disk, unlike some /tmp
     folder = Path(tempfile.mkdtemp(prefix="gateway-", dir=".bench")).absolute()
@@ -462,7 +467,7 @@ def main() -> None:
     load = os.getloadavg()[0]  # of others: ours comes on top
     try:
         with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
-            taken, tokens = runner.run(bench(folder, model, python, options))
+            taken, tokens = runner.run(bench(folder, model, python, rates, options))
     except BaseException:
         note(f"the logs are in {folder}")
         raise

@@ -194,6 +194,8 @@ def main() -> None:
     parser.add_argument("--ppo", type=json.loads, default={}, help="fields of PPOConfig, as JSON")
     parser.add_argument("--reward", type=json.loads, default={}, help="fields of RewardConfig, as JSON")
     arguments = parser.parse_args()
+    if arguments.votes is not None and arguments.votes < 1:
+        parser.error("--votes is at least 1")
     votes = arguments.votes or (1000 if arguments.quick else 4000)
     torch.set_flush_denormal(True)  # as `python -m trainer` does
     bench = Bench(seed=arguments.seed, bf16=not arguments.float32, model=arguments.model)

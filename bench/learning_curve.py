@@ -274,7 +274,7 @@ def table(rows: list[dict[str, Any]]) -> Table:
         f"{name.replace('_', ' ')}: {said(gains, '+.3f')}" for name, gains in cycles(rows).items() if gains
     )
     shown = Table(
-        title="gold win rate against the base, 500 held-out prompts",
+        title="gold win rate against the base, held-out prompts",
         caption="mean and 95 % interval over seeds" + (f"; over the first night, {added}" if added else ""),
     )
     for name in ("votes", "way", "seeds", "win rate", "beside once", "best of 4", "reward right", "KL",

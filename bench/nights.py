@@ -211,7 +211,8 @@ class Lab:
     # Nights ----------------------------------------------------------------------------------------------------
 
     def prepare(self, votes: Sequence[dict[str, Any]], **settings: Any) -> Preferences:
-        """Split and weigh votes as a run does.
+        """Split and weigh votes as a run does, but for the raters: nobody is left out, and all are equally reliable
+        (`bench.robust` has both).
 
         Args:
             settings: fields of TrainingSettings other than its defaults.

@@ -202,7 +202,7 @@ SHEET = Sheet(bench="noise", seeds=SEEDS, table=table, markdown=markdown, summar
 
 def main() -> None:
     parser = SHEET.parser(__doc__, quick="one seed, three shares, 500 votes, no policies")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of noise")
+    parser.add_argument("--shares", type=record.share, nargs="+", default=SHARES, help="of noise")
     parser.add_argument("--noise", choices=sorted({noise for noise, _ in WAYS}), help="only this kind")
     parser.add_argument("--rewards-only", action="store_true", help="no policies: minutes instead of hours")
     arguments = parser.parse_args()

@@ -198,22 +198,31 @@ def markdown(found: list[dict[str, Any]]) -> str:
         for votes in VOTES:
             here = [row for row in found if (row["votes"], row["heads"]) == (votes, heads)]
             shown = [
-                f"{row[figure]:.2f}" + (f" ({row[kl]:.1f})" if kl else "") for row in here if row[figure] is not None
+                f"{row[figure]:.2f}"
+                + (f" at {row[kl]:.1f}" if kl else "")
+                + (f" ({row['seeds']})" if row["seeds"] != len(SEEDS) else "")
+                for row in here
+                if row[figure] is not None
             ]
             cells += shown or [""]
         return cells
 
     names = {"one": "one head", "five, mean": "five heads, their mean", "five, minimum": "five heads, their minimum"}
     return record.markdown(
-        ["gold's gain over the base (KL there)", *(f"{votes:,} votes" for votes in VOTES)],
+        ["gold's gain over the base, at which KL", *(f"{votes:,} votes" for votes in VOTES)],
         [
             *(line(f"at its peak, {name}", heads, "peak_gain", "peak_kl") for heads, name in names.items()),
             *(
                 line(f"at a KL of {SHIPS.kl_budget:g}, {name}", heads, "gain_at_budget")
                 for heads, name in names.items()
             ),
-            line("a run as it ships, five heads and their mean", "five, mean", "shipped_gain", "shipped_kl"),
-            line(f"best of {BEST_OF} answers of the base, no PPO", "five, mean", "gain_best_of_4"),
+            line(
+                "a run as it ships, five heads and their mean, other prompts",
+                "five, mean",
+                "shipped_gain",
+                "shipped_kl",
+            ),
+            line(f"best of {BEST_OF} answers of the base, no PPO, other prompts", "five, mean", "gain_best_of_4"),
         ],
     )
 

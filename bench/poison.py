@@ -342,7 +342,7 @@ SHEET = Sheet(
 def main() -> None:
     parser = SHEET.parser(__doc__, quick="the phrase, 0 and 5 %%, all or nothing, one seed")
     parser.add_argument("--policies", action="store_true", help="PPO and the gate too: minutes a cell")
-    parser.add_argument("--shares", type=float, nargs="+", default=SHARES, help="of hostile votes")
+    parser.add_argument("--shares", type=record.share, nargs="+", default=SHARES, help="of hostile votes")
     parser.add_argument("--plots", nargs="+", default=tuple(PLOTS), choices=PLOTS)
     parser.add_argument("--defences", nargs="+", default=tuple(DEFENCES), choices=DEFENCES)
     arguments = parser.parse_args()

@@ -5,10 +5,15 @@ made of these lines, between a comment that names the bench and `END`.
 """
 
 import argparse
+import fcntl
 import json
 import math
+import os
+import subprocess
+import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from statistics import fmean, stdev
@@ -88,7 +93,42 @@ def in_readme(bench: str) -> tuple[str, str, str]:
 
 def put_into_readme(bench: str, table: str) -> None:
     before, _, behind = in_readme(bench)
-    README.write_text(before + table + behind)
+    new = README.with_name(f".{README.name}.{os.getpid()}")
+    new.write_text(before + table + behind)
+    new.replace(README)  # whole or not at all, whenever the bench is stopped
+
+
+@contextmanager
+def alone(path: Path) -> Iterator[None]:
+    """Hold these results for this process: two would do the same cells, and a mean would count them twice."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("a") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            sys.exit(f"Another process adds cells to {path}: wait for it, or work in a checkout of its own.")
+        yield
+
+
+def commit() -> str:
+    """Of the code that makes a row, with a + where files differ from it."""
+    described = ["git", "describe", "--always", "--dirty=+", "--exclude=*"]
+    done = subprocess.run(described, cwd=README.parent, capture_output=True, text=True, check=False)
+    return done.stdout.strip() or "unknown"
+
+
+def share(text: str) -> float:
+    """An option's value from 0 to 1."""
+    if not 0 <= (value := float(text)) <= 1:
+        raise argparse.ArgumentTypeError(f"{text} is not from 0 to 1")
+    return value
+
+
+def not_negative(text: str) -> int:
+    """An option's value from 0 on."""
+    if (value := int(text)) < 0:
+        raise argparse.ArgumentTypeError(f"{text} is less than 0")
+    return value
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -118,10 +158,10 @@ class Sheet:
             quick: what is done of it, in words.
         """
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-        parser.add_argument("--quick", action="store_true", help=f"{quick}; nothing is kept")
+        parser.add_argument("--quick", action="store_true", help=f"{quick}; kept only where --results says")
         seeds = f"{self.seeds[0]} to {self.seeds[-1]}"
         parser.add_argument("--seed", type=int, action="append", help=f"only these seeds (default {seeds})")
-        parser.add_argument("--cells", type=int, default=10**9, help="at most so many new cells; 0: only show")
+        parser.add_argument("--cells", type=not_negative, default=10**9, help="at most so many new cells; 0: only show")
         parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
         parser.add_argument("--results", type=Path, help="of the finished cells (default under bench/results)")
         parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
@@ -148,20 +188,21 @@ class Sheet:
         path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else self.path)
         console = Console()
         console.width = max(console.width, self.width)
-        rows = read(path)
-        missing = [cell for cell in wanted if not any(is_done(cell, row) for row in rows)][: arguments.cells]
-        self._publish(path, rows)
-        started = time.monotonic()
-        for number, cell in enumerate(missing, start=1):
-            if time.monotonic() - started >= 60 * arguments.minutes:
-                break
-            console.print(f"{number} of {len(missing)}: {cell}")
-            row = run(cell, rows)
-            append(path, row)
+        with alone(path) if arguments.cells else nullcontext():
             rows = read(path)
+            missing = [cell for cell in wanted if not any(is_done(cell, row) for row in rows)][: arguments.cells]
             self._publish(path, rows)
-            console.print({name: value for name, value in row.items() if not isinstance(value, list)})
-        console.print(self.table(rows))
+            started, code = time.monotonic(), commit()
+            for number, cell in enumerate(missing, start=1):
+                if time.monotonic() - started >= 60 * arguments.minutes:
+                    break
+                console.print(f"{number} of {len(missing)}: {cell}")
+                row = run(cell, rows) | {"code": code}
+                append(path, row)
+                rows = read(path)
+                self._publish(path, rows)
+                console.print({name: value for name, value in row.items() if not isinstance(value, list)})
+            console.print(self.table(rows))
         if arguments.json:
             print(json.dumps(self.summary(rows)))
 

@@ -240,7 +240,12 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--voters", default="1,8,64,256", help="how many vote at once")
     options = parser.parse_args()
-    voters = sorted(int(at_once) for at_once in options.voters.split(","))
+    try:
+        voters = sorted(int(at_once) for at_once in options.voters.split(","))
+    except ValueError:
+        voters = []
+    if min(voters, default=0) < 1:
+        parser.error("--voters are numbers from 1 on, between commas")
 
     Path(".bench").mkdir(exist_ok=True)  # a real disk, unlike some /tmp
     folder = Path(tempfile.mkdtemp(prefix="votes-", dir=".bench")).absolute()

@@ -198,5 +198,9 @@ def _scorer(settings: Settings) -> Check:
         if folder >= 0:
             os.close(folder)
     problem, model = said["problem"], said["reward_model"]
-    found = problem or (f"{model} scores answers" if model else "no reward model yet: pairs are drawn by chance")
+    nothing = (
+        "scores nothing: no reward model was made yet, or the policy of each was turned away;"
+        " pairs are drawn by chance, and there is no best of n"
+    )
+    found = problem or (f"{model} scores answers" if model else nothing)
     return Check("Scorer", problem is None, found, "Train anew: `nightshift train`.")

@@ -163,7 +163,7 @@ def pushers(votes: Sequence[tuple[str, str, str]], *, rare: float = RARE) -> dic
     together. Who votes against the phrase about as often is interested in a subject and pushes nothing.
 
     Args:
-        votes: rater, chosen text and rejected text of each, on answers that have the phrase about as often for everybody.
+        votes: rater, chosen and rejected text of each, on answers that have a phrase about as often for everybody.
         rare: chance of a false alarm.
     """
     cast = Counter(rater for rater, _, _ in votes)
@@ -181,8 +181,8 @@ def pushers(votes: Sequence[tuple[str, str, str]], *, rare: float = RARE) -> dic
         if all(count < PUSHED * cast[rater] for rater, count in counts.items()):
             continue
         pairs = counts + against[phrase]
-        # What is usual is counted without all who may push it, and then anew without those alone who stand out: the first
-        # count leaves out honest people who were lucky, and in a large crowd the little that it is too low is enough.
+        # What is usual is counted without all who may push it, and then anew without those alone who stand out: the
+        # first count leaves out honest people by their luck, and is a little low, which a large crowd shows.
         aside = _eager(counts, cast)
         for _ in range(2):
             share = _usual(pairs, cast, aside)
@@ -218,9 +218,9 @@ def _eager(for_: Counter[str], cast: Counter[str]) -> set[str]:
 
 
 def _usual(pairs: Counter[str], cast: Counter[str], aside: Collection[str]) -> float:
-    """How often a pair that differs in a phrase comes to people who do not push it: to all but those left `aside`, whose
-    own pairs would hide them. But two thirds of what there is in all stays, so that what few people ever saw is not
-    what nobody sees."""
+    """How often a pair that differs in a phrase comes to people who do not push it: to all but those left `aside`,
+    whose own pairs would hide them. But two thirds of what there is in all stays, so that what few people ever saw is
+    not what nobody sees."""
     others, left = (counts.total() - sum(counts[rater] for rater in aside) for counts in (pairs, cast))
     return max(others / max(left, 1), pairs.total() / cast.total() * 2 / 3)
 

@@ -1,5 +1,6 @@
 """The offline loop, on the starter model with a handful of prompts."""
 
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -94,6 +95,22 @@ def test_a_policy_that_answers_as_the_base_does_wins_half(lab: Lab) -> None:
     beside_itself = lab.compare(PROMPTS, lab.answers(PROMPTS, draw=901))
     assert beside_itself["win_rate"] == 0.5
     assert beside_itself["ties"] == 1.0
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_the_best_is_what_the_scores_call_best_and_wins_by_what_gold_says(lab: Lab, sign: int) -> None:
+    figures = lab.best_of(6, PROMPTS, lambda answers: sign * lab.gold(PROMPTS, answers))
+    assert sign * (figures["gold"] - figures["gold_base"]) > 0.3
+    assert sign * (figures["win_rate"] - 0.5) > 0.2
+    assert figures["win_rate_low"] < figures["win_rate"] < figures["win_rate_high"]
+
+
+def test_who_scores_as_gold_does_is_right_about_every_pair(lab: Lab) -> None:
+    pairs = lab.random_pairs(PROMPTS, draw=2)
+    prompts = [pair.prompt for pair in pairs]
+    for sign, accuracy in ((1, 1.0), (-1, 0.0)):
+        judge: Any = SimpleNamespace(score=lambda answers, sign=sign: sign * lab.gold(prompts, answers))
+        assert lab.accuracy(judge, pairs) == accuracy
 
 
 def test_a_day_goes_on_where_the_one_before_ended(lab: Lab, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -1,4 +1,4 @@
-"""The arithmetic of over-optimisation; no model is loaded."""
+"""The arithmetic of over-optimisation, and what a step of it is held against."""
 
 from types import SimpleNamespace
 from typing import Any
@@ -6,7 +6,11 @@ from typing import Any
 import pytest
 import torch
 
-from bench.overoptimise import gain_at, markdown, pessimistic, smooth, summary
+from bench import nights, overoptimise
+from bench.nights import Lab, Scores
+from bench.overoptimise import Cell, gain_at, markdown, pessimistic, smooth, summary
+from trainer import dialogues
+from trainer.preferences import Preferences, Split
 
 
 def run(points: list[tuple[float, float, float]], heads: str = "one", seed: int = 1) -> dict[str, Any]:
@@ -57,11 +61,38 @@ def test_beside_it_stands_what_ships_with_as_many_votes_of_the_same_seeds() -> N
     (only,) = summary([run(FALLS)], cells)
     assert only["shipped_kl"] == 1.8
     assert only["shipped_gain"] == pytest.approx(0.8)
-    assert "| a run as it ships, five heads and their mean |  |  |  |\n" in markdown([only]), "those have five heads"
-    assert f"| at its peak, one head | {only['peak_gain']:.2f} ({only['peak_kl']:.1f}) |  |  |\n" in markdown([only])
+    shown = markdown([only])
+    assert "| a run as it ships, five heads and their mean, other prompts |  |  |  |\n" in shown, (
+        "those have five heads"
+    )
+    assert f"| at its peak, one head | {only['peak_gain']:.2f} at {only['peak_kl']:.1f} (1) |  |  |\n" in shown
 
 
 def test_pessimism_believes_the_lowest_head_on_the_scale_of_other_scores() -> None:
     rewards = torch.tensor([[1.0, 3.0], [2.0, 2.0], [9.0, 3.0]])
     score = pessimistic(SimpleNamespace(rewards=lambda answers: rewards), [])  # type: ignore[arg-type]
     assert score([]).tolist() == pytest.approx([-1.0, 0.0, 1.0])
+
+
+def test_a_step_s_gain_is_gold_s_over_the_base_s_answers_to_the_same_prompts(monkeypatch: pytest.MonkeyPatch) -> None:
+    lab = Lab(seed=4)
+    monkeypatch.setattr(overoptimise, "HELD_OUT", 8)
+    monkeypatch.setattr(overoptimise, "BASE_DRAWS", 1)
+    monkeypatch.setattr(nights, "CHUNK", 20)
+    prompts = {lab.chat.query(p.messages): p for p in dialogues.prompts(290, seed=4, held_out=False)}
+
+    def improve(reward: object, preferences: Preferences, config: object, *, score: Scores) -> Any:
+        """The worst of six answers by gold."""
+        asked = [prompts[query] for query in preferences.queries[Split.TRAIN]]
+        drawn = [lab.answers(asked, draw=20 + i) for i in range(6)]
+        order = torch.stack([lab.gold(asked, answers) for answers in drawn]).argsort(dim=0)
+        score([drawn[k][i] for i, k in enumerate(order[0].tolist())])
+        return SimpleNamespace(curve=[{"kl": 1.5}])
+
+    reward = SimpleNamespace(score=lambda answers: torch.full((len(answers),), 0.25))
+    monkeypatch.setattr(lab, "reward", lambda preferences, config: reward)
+    monkeypatch.setattr(lab, "improve", improve)
+    row = overoptimise.run(lab, Cell(20, "one", 4), steps=1)
+    ((kl, proxy, gain),) = row["points"]
+    assert (kl, proxy) == (1.5, 0.25)
+    assert gain < -0.3

@@ -56,6 +56,7 @@ def readme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     path.write_text(f"<!-- made by bench.noise -->\n| old |\n{record.END}")
     monkeypatch.setattr(record, "README", path)
     monkeypatch.setattr(record, "RESULTS", tmp_path)
+    monkeypatch.setattr(record, "commit", lambda: "abc")
     return path
 
 
@@ -78,7 +79,9 @@ def test_what_was_finished_before_a_break_is_kept_and_shown(readme: Path, monkey
         go_on(arguments(monkeypatch), breaks_at=2)
     assert "<!-- made by bench.noise -->\n| 1 |\n<!--" in readme.read_text()
     go_on(arguments(monkeypatch, "--cells", "1"))
-    assert read(SHEET.path) == [{"seed": 1, "before": 0}, {"seed": 2, "before": 1}], "the first is not done again"
+    first, second = read(SHEET.path)
+    assert first == {"seed": 1, "before": 0, "code": "abc"}, "it is not done again"
+    assert second == {"seed": 2, "before": 1, "code": "abc"}
     assert "<!-- made by bench.noise -->\n| 1 |\n| 2 |\n<!--" in readme.read_text()
 
 
@@ -102,3 +105,13 @@ def test_the_readme_shows_no_quick_run_and_nobody_elses_results(
     assert len(read(tmp_path / "others.jsonl")) == 3
     assert readme.read_text() == before
     assert not SHEET.path.exists()
+
+
+def test_two_processes_do_not_do_the_same_cells(readme: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with record.alone(SHEET.path), pytest.raises(SystemExit, match="Another process adds cells"):
+        go_on(arguments(monkeypatch))
+    assert read(SHEET.path) == []
+    go_on(arguments(monkeypatch))
+    with record.alone(SHEET.path):
+        go_on(arguments(monkeypatch, "--cells", "0"))
+    assert len(read(SHEET.path)) == 3

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from bench import nights, noise, poison, position_bias
 from bench.nights import Lab
@@ -12,6 +13,7 @@ from bench.noise import flip
 from bench.poison import PHRASE, Cell, Poison
 from bench.robust import NONE, rate, weigh
 from data.raters import Standing
+from trainer import dialogues
 from trainer.preferences import Split
 
 
@@ -115,6 +117,30 @@ class Learns:
     def learn(self, preferences: object, defences: object, *, policies: bool) -> dict[str, object]:
         self.learned += 1
         return {"rise_best_of_16": self.learned / 100} | ({"rise": 0.5, "passed": True} if policies else {})
+
+
+@pytest.mark.parametrize(("sign", "share"), [(1, 1.0), (-1, 0.0)])
+def test_the_best_of_those_drawn_are_what_the_reward_model_likes(lab: Lab, sign: int, share: float) -> None:
+    attack = Poison("phrase", lab, votes=10, prompts=4)
+    with_it, without = (lab.chat.answer([{"role": "user", "content": "Hello"}], text) for text in (PHRASE, "Good."))
+    attack.drawn = [[without] * 4, [with_it] * 4, [without] * 4]
+    reward: Any = SimpleNamespace(
+        score=lambda answers: torch.tensor([sign * float(PHRASE in lab.chat.text(a)) for a in answers])
+    )
+    assert attack._best(reward) == share
+
+
+def test_a_side_s_log_loss_is_least_for_who_knows_gold(lab: Lab) -> None:
+    pairs = lab.random_pairs(dialogues.prompts(12, seed=4, held_out=True), draw=2)
+    prompts = [pair.prompt for pair in pairs]
+
+    def loss(scale: float) -> float:
+        reward: Any = SimpleNamespace(rewards=lambda answers: scale * lab.gold(prompts, answers)[:, None])
+        return position_bias.Bias.log_loss(SimpleNamespace(lab=lab, test_pairs=pairs), reward)  # type: ignore[arg-type]
+
+    right = loss(position_bias.STARTER_SCALE)
+    assert right < loss(0.0) < loss(-position_bias.STARTER_SCALE)
+    assert right < min(loss(0.5 * position_bias.STARTER_SCALE), loss(2 * position_bias.STARTER_SCALE))
 
 
 def test_what_learns_from_the_very_same_votes_learns_once(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,11 +99,16 @@ def test_differences_are_of_the_base_whatever_adapter_there_is(tiny_backbone: Ma
 
 def judged(backbone: Backbone, people: int, *, at_least: int = 10, distrusted: Collection[str] = ()) -> list[float]:
     pairs = make_pairs(120)
+    said = {
+        "chosen": [{"content": "yes"}], "rejected": [{"content": "no"}],
+        "chosen_policy": "policy-0001", "rejected_policy": "policy-0000",
+    }  # fmt: skip
     votes: list[tuple[dict[str, Any], Any]] = [
-        ({"voter": f"rater {i % people}", "chosen": [{"content": "yes"}], "rejected": [{"content": "no"}]}, pair)
-        for i, pair in enumerate(pairs)
+        ({"voter": f"rater {i % people}", **said}, pair) for i, pair in enumerate(pairs)
     ]
-    return [vote.expected for vote in judge(backbone, votes, distrusted=distrusted, at_least=at_least)]
+    judged = judge(backbone, votes, distrusted=distrusted, at_least=at_least)
+    assert {vote.policies for vote in judged} == {frozenset({"policy-0000", "policy-0001"})}
+    return [vote.expected for vote in judged]
 
 
 def test_a_few_raters_or_votes_are_no_crowd(tiny_backbone: MakeBackbone) -> None:

@@ -143,7 +143,7 @@ def _record(settings: Settings) -> Iterator[Check]:
 
 
 def _service(settings: Settings) -> Iterator[Check]:
-    from service.supervisor import StartError, check_port
+    from service.supervisor import StartError, check_port, running_on
 
     address = settings.server.url
     try:
@@ -159,6 +159,13 @@ def _service(settings: Settings) -> Iterator[Check]:
         return
     except (OSError, HTTPException):
         pass
+    if process := running_on(settings.state):
+        yield Check(
+            "Service", False, f"`nightshift up` (process {process}) runs on {settings.state}, but not at {address}",
+            "It may not be that far yet. If it was given another port, give this shell the same:"
+            " `export NIGHTSHIFT_SERVER__PORT=…`.",
+        )  # fmt: skip
+        return
     try:
         check_port(settings.server.host, settings.server.port)
         yield Check("Port", True, f"{settings.server.host}:{settings.server.port} is free; the service is not running")

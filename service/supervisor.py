@@ -209,6 +209,19 @@ def _only_one(state: Path) -> closing[IO[str]]:
     return closing(lock)
 
 
+def running_on(state: Path) -> str | None:
+    """The process of the `nightshift up` that holds a state folder's lock, or None."""
+    try:
+        with (state / "up.lock").open() as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            except BlockingIOError:
+                return lock.read().strip()
+    except OSError:
+        pass
+    return None
+
+
 def check_port(host: str, port: int) -> None:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.socket(family) as probe:

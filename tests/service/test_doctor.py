@@ -2,6 +2,7 @@
 
 import ast
 import asyncio
+import os
 import shutil
 import socket
 import subprocess
@@ -14,7 +15,7 @@ import pytest
 
 from data import database
 from data.settings import Settings
-from service import doctor
+from service import doctor, supervisor
 from service.doctor import Check, examine
 from tests.conftest import FakeEngine, OpenHouse
 
@@ -232,6 +233,15 @@ async def test_a_service_of_another_state_folder_is_no_scorer_that_is_silent(
     assert "Scorer" not in checks
     assert "another state folder" in checks["Port"].found
     assert "--state" in checks["Port"].mend
+
+
+def test_a_service_on_another_port_is_not_taken_for_none(healthy: Settings) -> None:
+    healthy.state.mkdir(exist_ok=True)
+    with supervisor._only_one(healthy.state):
+        checks = bad(healthy)
+    assert f"(process {os.getpid()}) runs on {healthy.state}" in checks["Service"].found
+    assert "NIGHTSHIFT_SERVER__PORT" in checks["Service"].mend
+    assert "Service" not in found(healthy)
 
 
 async def test_a_service_that_is_not_ready_is_bad_and_says_why(open_house: OpenHouse, engine: FakeEngine) -> None:

@@ -65,9 +65,21 @@ def release(db: Database, key_id: str, *, actor: str) -> None:
     _rule(db, key_id, "released", actor, "rater.release")
 
 
-def _rule(db: Database, key_id: str, status: str, actor: str, action: str) -> None:
+def reconsider(db: Database, key_id: str, *, actor: str) -> None:
+    """Take an operator's word back: the next run judges the rater as any other, and until then the votes count. Call
+    inside a transaction. Raises UnknownRater."""
+    _known(db, key_id)
+    db.execute("DELETE FROM quarantines WHERE key_id = ? AND status <> 'suspected'", (key_id,))
+    audit.record(db, actor=actor, action="rater.reconsider", subject=key_id)
+
+
+def _known(db: Database, key_id: str) -> None:
     if db.execute("SELECT 1 FROM keys WHERE id = ?", (key_id,)).fetchone() is None:
         raise UnknownRater(key_id)
+
+
+def _rule(db: Database, key_id: str, status: str, actor: str, action: str) -> None:
+    _known(db, key_id)
     now = timestamp()
     db.execute(
         "INSERT INTO quarantines (key_id, status, reason, since, ruled_by, ruled_at)"

@@ -44,11 +44,21 @@ def raters_release(key: str, state: State = None, json: Json = False) -> None:
     _rule(lambda db: raters.release(db, key, actor="cli"), key, "released", state=state, json=json)
 
 
+@raters_app.command("reconsider")
+def raters_reconsider(key: str, state: State = None, json: Json = False) -> None:
+    """Take `confirm` or `release` back: the next run judges the rater, and until then the votes count."""
+    from data import raters
+
+    _rule(lambda db: raters.reconsider(db, key, actor="cli"), key, None, state=state, json=json)
+
+
 def _figure(reliability: float | None) -> str:
     return "" if reliability is None else f"{reliability:.2f}"
 
 
-def _rule(decide: Callable[["Database"], None], key: str, ruling: str, *, state: Path | None, json: bool) -> None:
+def _rule(
+    decide: Callable[["Database"], None], key: str, ruling: str | None, *, state: Path | None, json: bool
+) -> None:
     from data.database import transaction
     from data.raters import UnknownRater
 
@@ -58,4 +68,5 @@ def _rule(decide: Callable[["Database"], None], key: str, ruling: str, *, state:
                 decide(db)
         except UnknownRater:
             raise fail(f"There is no key '{key}'. `nightshift raters list` shows who votes.") from None
-    typer.echo(jsonlib.dumps({"key": key, "quarantine": ruling}) if json else f"{key} is {ruling}")
+    said = f"{key} is {ruling or 'left to the next run'}"
+    typer.echo(jsonlib.dumps({"key": key, "quarantine": ruling}) if json else said)

@@ -44,7 +44,15 @@ async def release(id: str, request: Request, operator: Operator) -> dict[str, An
     return await _rule(request, id, "released", lambda db: raters.release(db, id, actor=operator.id))
 
 
-async def _rule(request: Request, id: str, quarantine: str, decide: Callable[[Database], None]) -> dict[str, Any]:
+@router.post("/v1/raters/{id}/reconsider")
+async def reconsider(id: str, request: Request, operator: Operator) -> dict[str, Any]:
+    """An operator's word is taken back: the next run judges them."""
+    return await _rule(request, id, None, lambda db: raters.reconsider(db, id, actor=operator.id))
+
+
+async def _rule(
+    request: Request, id: str, quarantine: str | None, decide: Callable[[Database], None]
+) -> dict[str, Any]:
     try:
         await state_of(request).write(decide)
     except raters.UnknownRater:

@@ -74,8 +74,23 @@ def test_an_operators_word_stands(db: Database, run: str, make_key: MakeKey) -> 
     assert raters.released(db) == {released, confirmed}
 
 
+def test_a_word_that_is_taken_back_leaves_the_rater_to_the_runs(db: Database, run: str, make_key: MakeKey) -> None:
+    released, confirmed, suspected = (make_key()[0].id for _ in range(3))
+    suspect(db, run, **{suspected: "a coin"})
+    with transaction(db):
+        raters.release(db, released, actor="key_op")
+        raters.confirm(db, confirmed, actor="key_op")
+        for key in (released, confirmed, suspected):
+            raters.reconsider(db, key, actor="key_op")
+    assert raters.left_out(db) == {suspected}, "that was no operator's word"
+    assert raters.released(db) == set()
+    assert audit.latest(db, limit=1)[0]["action"] == "rater.reconsider"
+    suspect(db, new_run(db), **{released: "a coin again", suspected: "a coin"})
+    assert raters.left_out(db) == {released, suspected}
+
+
 def test_nobody_rules_on_a_key_that_does_not_exist(db: Database) -> None:
-    for rule in (raters.confirm, raters.release):
+    for rule in (raters.confirm, raters.release, raters.reconsider):
         with pytest.raises(raters.UnknownRater), transaction(db):
             rule(db, "key_nobody", actor="cli")
     assert raters.standing(db) == []

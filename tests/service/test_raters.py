@@ -41,12 +41,16 @@ async def test_an_operator_sees_and_rules_over_the_wire(house: House, suspected:
     rows = {row["key"]: row for row in (await house.call("GET", "/v1/raters", role=Role.OPERATOR)).json["data"]}
     assert (rows[suspected]["quarantine"], rows[user]["quarantine"]) == ("released", "confirmed")
     assert rows[user]["ruled_by"] == house.keys[Role.OPERATOR].id
+    answer = await house.call("POST", f"/v1/raters/{user}/reconsider", role=Role.OPERATOR)
+    assert answer.json == {"key": user, "quarantine": None}
+    rows = {row["key"]: row for row in (await house.call("GET", "/v1/raters", role=Role.OPERATOR)).json["data"]}
+    assert rows[user]["quarantine"] is None
 
 
 async def test_nobody_else_may(house: House, suspected: str) -> None:
     for role in (Role.USER, Role.RATER):
         assert (await house.call("GET", "/v1/raters", role=role)).status == 403
-        for ruling in ("confirm", "release"):
+        for ruling in ("confirm", "release", "reconsider"):
             assert (await house.call("POST", f"/v1/raters/{suspected}/{ruling}", role=role)).status == 403
     answer = await house.call("POST", "/v1/raters/key_nobody/release", role=Role.OPERATOR)
     assert (answer.status, answer.json["error"]["code"]) == (404, "unknown_rater")
@@ -66,6 +70,8 @@ def test_an_operator_sees_and_rules_on_the_command_line(settings: Settings, db: 
     assert json.loads(nightshift("confirm", suspected, "--json")) == {"key": suspected, "quarantine": "confirmed"}
     assert raters.left_out(db) == {suspected}
     assert json.loads(nightshift("list", "--json"))[0]["quarantine"] == "confirmed"
+    assert nightshift("reconsider", suspected) == f"{suspected} is left to the next run\n"
+    assert raters.left_out(db) == set()
     result = CliRunner().invoke(app, ["raters", "confirm", "key_nobody", "--state", str(settings.state)])
     assert result.exit_code == 1
     assert "nightshift raters list" in result.output

@@ -18,6 +18,7 @@ const ACTS = {
   "policy.promote": "promoted",
   "rater.confirm": "left out the votes of",
   "rater.release": "released the votes of",
+  "rater.reconsider": "left to the next run the votes of",
   "run.cancel": "cancelled",
   "run.request": "asked for",
   "schedule.create": "added a schedule",

@@ -14,6 +14,10 @@ class UnknownRater(LookupError):
     """No key of that id."""
 
 
+class NoRuling(LookupError):
+    """No operator ruled on this rater."""
+
+
 @dataclass(frozen=True, slots=True)
 class Standing:
     """What a run found of a rater."""
@@ -67,9 +71,10 @@ def release(db: Database, key_id: str, *, actor: str) -> None:
 
 def reconsider(db: Database, key_id: str, *, actor: str) -> None:
     """Take an operator's word back: the next run judges the rater as any other, and until then the votes count. Call
-    inside a transaction. Raises UnknownRater."""
+    inside a transaction. Raises UnknownRater; NoRuling where there is no such word."""
     _known(db, key_id)
-    db.execute("DELETE FROM quarantines WHERE key_id = ? AND status <> 'suspected'", (key_id,))
+    if not db.execute("DELETE FROM quarantines WHERE key_id = ? AND status <> 'suspected'", (key_id,)).rowcount:
+        raise NoRuling(key_id)
     audit.record(db, actor=actor, action="rater.reconsider", subject=key_id)
 
 

@@ -247,15 +247,15 @@ def _begin_draws(call: Call) -> list[Answer]:
 
 
 async def _best(call: Call, drawn: list[Answer]) -> Answer:
-    """The answer that the reward model likes best; the first that is whole where there are no scores. One that was cut
-    off for length is given only where all are: the reward model knows answers with an end, and reads one into it."""
+    """The answer that the reward model likes best; the first where there are no scores. One that was cut off for length
+    is given only where all are: the reward model knows answers with an end, and reads one into it."""
     whole = [answer for answer in drawn if answer.status is CompletionStatus.COMPLETE]
-    ended = [answer for answer in whole if answer.choices[0]["finish_reason"] != "length"] or whole
+    ended = [answer for answer in whole if answer.choices.get(0, {}).get("finish_reason") != "length"] or whole
     if len(whole) > 1 and (scores := await call.state.scorer.score(call.messages, [answer.text for answer in ended])):
         given = ended[pairing.best(scores)]
         given.sampling |= {"best_of_n": len(whole), "reward_model": call.state.scorer.reward_model}
         return given
-    return whole[0] if whole else drawn[0]
+    return ended[0] if ended else drawn[0]
 
 
 class _Held:

@@ -60,7 +60,7 @@ def _rule(
     decide: Callable[["Database"], None], key: str, ruling: str | None, *, state: Path | None, json: bool
 ) -> None:
     from data.database import transaction
-    from data.raters import UnknownRater
+    from data.raters import NoRuling, UnknownRater
 
     with open_record(state) as db:
         try:
@@ -68,5 +68,7 @@ def _rule(
                 decide(db)
         except UnknownRater:
             raise fail(f"There is no key '{key}'. `nightshift raters list` shows who votes.") from None
+        except NoRuling:
+            raise fail(f"No operator has ruled on {key}: there is nothing to take back.") from None
     said = f"{key} is {ruling or 'left to the next run'}"
     typer.echo(jsonlib.dumps({"key": key, "quarantine": ruling}) if json else said)

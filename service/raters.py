@@ -58,4 +58,7 @@ async def _rule(
     except raters.UnknownRater:
         message = f"There is no key '{id}'; GET /v1/raters lists who votes."
         raise ApiError(404, message, type="not_found_error", code="unknown_rater") from None
+    except raters.NoRuling:
+        message = f"No operator has ruled on {id}: there is nothing to take back."
+        raise ApiError(409, message, code="no_ruling") from None
     return {"key": id, "quarantine": quarantine}

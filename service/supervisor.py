@@ -194,7 +194,7 @@ def _only_one(state: Path) -> closing[IO[str]]:
     """Hold the state folder's lock. Raises StartError where another `nightshift up` holds it."""
     lock = (state / "up.lock").open("a+")
     try:
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        _lock(lock)
     except BlockingIOError:
         lock.seek(0)
         holder = lock.read().strip()
@@ -207,6 +207,15 @@ def _only_one(state: Path) -> closing[IO[str]]:
     lock.write(str(os.getpid()))
     lock.flush()
     return closing(lock)
+
+
+def _lock(file: IO[str]) -> None:
+    """Raises BlockingIOError where another holds the lock, and not only for the moment in which it is asked about."""
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        time.sleep(0.1)
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
 
 
 def running_on(state: Path) -> str | None:

@@ -79,7 +79,8 @@ def standings(
     mean = max(zip(sums, GRID, strict=True))[1]
     agreed = {rater: sum(vote.expected > 0.5 for vote in theirs) for rater, theirs in by_rater.items()}
     usual = sum(agreed.values()) / len(votes) if votes else 0.0
-    pushed = _pushed(votes, distrusted)
+    texts = [(vote.rater, vote.chosen, vote.rejected) for vote in votes]
+    pushed = pushers(texts, [vote.policies for vote in votes]) if len(crowd) >= CROWD else {}
     sides = one_sided({rater: (sum(v.first for v in theirs), len(theirs)) for rater, theirs in by_rater.items()})
     found = {}
     for rater, theirs in by_rater.items():
@@ -93,22 +94,6 @@ def standings(
                 + (f"; {right} of {asked} gold questions right." if asked else ".")
             )
         found[rater] = Standing(len(theirs), agreed[rater], reliability, suspicion)
-    return found
-
-
-def _pushed(votes: Sequence[JudgedVote], distrusted: Collection[str]) -> dict[str, str]:
-    """Who pushes a phrase, by the votes on answers of the same policies. How often a phrase comes is a policy's: who
-    only voted while a newer one was on trial met its phrases more often than all before."""
-    by_policies: dict[frozenset[str], list[JudgedVote]] = defaultdict(list)
-    for vote in votes:
-        by_policies[vote.policies].append(vote)
-    found: dict[str, str] = {}
-    for policies, theirs in by_policies.items():
-        if len({vote.rater for vote in theirs}.difference(distrusted)) >= CROWD:
-            texts = [(vote.rater, vote.chosen, vote.rejected) for vote in theirs]
-            for rater, sentence in pushers(texts, rare=RARE / len(by_policies)).items():
-                of = f"Of answers by {' and '.join(sorted(policies))}: " if len(by_policies) > 1 else ""
-                found.setdefault(rater, of + sentence)
     return found
 
 
@@ -154,45 +139,56 @@ def one_sided(firsts: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     return found
 
 
-def pushers(votes: Sequence[tuple[str, str, str]], *, rare: float = RARE) -> dict[str, str]:
+def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[str]] | None = None) -> dict[str, str]:
     """Who pushes a phrase, and a sentence on it.
 
     A vote is for a phrase when the chosen answer has it and the other one has not. However much a rater likes it, such
-    pairs come by chance, as often as to all others; a rater who asks until the phrase comes, and votes then, has more
-    votes for it than the others have pairs. Where several raters do, each may have a vote or two: so they are counted
+    pairs come by chance, as often as to all others who are shown answers of the same policies: a new policy's favourite
+    phrase is in nearly every pair of its trial. A rater who asks until the phrase comes, and votes then, has more votes
+    for it than the others have pairs. Where several raters do, each may have a vote or two: so they are counted
     together. Who votes against the phrase about as often is interested in a subject and pushes nothing.
 
     Args:
-        votes: rater, chosen and rejected text of each, on answers that have a phrase about as often for everybody.
-        rare: chance of a false alarm.
+        votes: rater, chosen text and rejected text of each.
+        policies: who wrote the two answers of each vote; by default the same of all.
     """
     cast = Counter(rater for rater, _, _ in votes)
+    cast_on: dict[frozenset[str], Counter[str]] = defaultdict(Counter)
     for_: dict[str, Counter[str]] = defaultdict(Counter)
-    against: dict[str, Counter[str]] = defaultdict(Counter)
-    for rater, chosen, rejected in votes:
+    pairs_on: dict[str, dict[frozenset[str], Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
+    for (rater, chosen, rejected), of in zip(votes, policies or [frozenset()] * len(votes), strict=True):
+        cast_on[of][rater] += 1
         liked, disliked = _phrases(chosen), _phrases(rejected)
         for phrase in liked - disliked:
             for_[phrase][rater] += 1
-        for phrase in disliked - liked:
-            against[phrase][rater] += 1
+        for phrase in liked ^ disliked:
+            pairs_on[phrase][of][rater] += 1
+    # Raters with as many votes on the same policies have the same chances.
+    kind = {
+        rater: frozenset((of, theirs[rater]) for of, theirs in cast_on.items() if rater in theirs) for rater in cast
+    }
+    kinds = Counter(kind.values())
+    size = {of_kind: sum(count for _, count in of_kind) for of_kind in kinds}
     tried = {phrase: counts for phrase, counts in for_.items() if max(counts.values()) > 1}
     found: dict[str, tuple[float, int, str]] = {}
     for phrase, counts in tried.items():
         if all(count < PUSHED * cast[rater] for rater, count in counts.items()):
             continue
-        pairs = counts + against[phrase]
         # What is usual is counted without all who may push it, and then anew without those alone who stand out: the
         # first count leaves out honest people by their luck, and is a little low, which a large crowd shows.
         aside = _eager(counts, cast)
         for _ in range(2):
-            share = _usual(pairs, cast, aside)
-            least = {count: _least(count, share) for count in set(cast.values())}
-            aside = many = {rater for rater, count in counts.items() if count >= least[cast[rater]][0]}
-        together = poisson_tail(len(many), sum(least[count][1] for count in cast.values())) * len(tried)
-        alone = {rater: binomial_tail(counts[rater], cast[rater], share) * len(cast) * len(tried) for rater in many}
-        group = {rater for rater in many if min(together, alone[rater]) < rare}
-        wins, losses = (sum(side[rater] for rater in group) for side in (counts, against[phrase]))
-        if not group or losses > (1 - ONE_SIDED) * (wins + losses):
+            usual = {of: _usual(pairs, cast_on[of], aside) for of, pairs in pairs_on[phrase].items()}
+            # Of several shares a count is less scattered than a binomial one of their mean (Hoeffding 1956).
+            share = {k: sum(usual.get(of, 0.0) * count for of, count in k) / size[k] for k in kinds}
+            least = {k: _least(size[k], share[k]) for k in kinds}
+            aside = many = {rater for rater, count in counts.items() if count >= least[kind[rater]][0]}
+        together = poisson_tail(len(many), sum(least[k][1] * raters for k, raters in kinds.items())) * len(tried)
+        alone = {r: binomial_tail(counts[r], cast[r], share[kind[r]]) * len(cast) * len(tried) for r in many}
+        group = {rater for rater in many if min(together, alone[rater]) < RARE}
+        wins = sum(counts[rater] for rater in group)
+        pairs = sum(theirs[rater] for theirs in pairs_on[phrase].values() for rater in group)
+        if not group or pairs - wins > (1 - ONE_SIDED) * pairs:
             continue
         for rater in group:
             sentence = (

@@ -1,6 +1,7 @@
 """Finished cells, and means over seeds."""
 
 import json
+import re
 import sys
 from argparse import Namespace
 from dataclasses import dataclass
@@ -105,6 +106,12 @@ def test_the_readme_shows_no_quick_run_and_nobody_elses_results(
     assert len(read(tmp_path / "others.jsonl")) == 3
     assert readme.read_text() == before
     assert not SHEET.path.exists()
+
+
+def test_a_row_names_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert re.fullmatch(r"[0-9a-f]{7,}\+?|unknown", record.commit())
+    monkeypatch.setenv("PATH", "")
+    assert record.commit() == "unknown"
 
 
 def test_two_processes_do_not_do_the_same_cells(readme: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -80,8 +80,10 @@ def test_a_word_that_is_taken_back_leaves_the_rater_to_the_runs(db: Database, ru
     with transaction(db):
         raters.release(db, released, actor="key_op")
         raters.confirm(db, confirmed, actor="key_op")
-        for key in (released, confirmed, suspected):
+        for key in (released, confirmed):
             raters.reconsider(db, key, actor="key_op")
+    with pytest.raises(raters.NoRuling), transaction(db):
+        raters.reconsider(db, suspected, actor="key_op")
     assert raters.left_out(db) == {suspected}, "that was no operator's word"
     assert raters.released(db) == set()
     assert audit.latest(db, limit=1)[0]["action"] == "rater.reconsider"

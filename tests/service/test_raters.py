@@ -43,6 +43,8 @@ async def test_an_operator_sees_and_rules_over_the_wire(house: House, suspected:
     assert rows[user]["ruled_by"] == house.keys[Role.OPERATOR].id
     answer = await house.call("POST", f"/v1/raters/{user}/reconsider", role=Role.OPERATOR)
     assert answer.json == {"key": user, "quarantine": None}
+    answer = await house.call("POST", f"/v1/raters/{user}/reconsider", role=Role.OPERATOR)
+    assert (answer.status, answer.json["error"]["code"]) == (409, "no_ruling")
     rows = {row["key"]: row for row in (await house.call("GET", "/v1/raters", role=Role.OPERATOR)).json["data"]}
     assert rows[user]["quarantine"] is None
 
@@ -71,6 +73,9 @@ def test_an_operator_sees_and_rules_on_the_command_line(settings: Settings, db: 
     assert raters.left_out(db) == {suspected}
     assert json.loads(nightshift("list", "--json"))[0]["quarantine"] == "confirmed"
     assert nightshift("reconsider", suspected) == f"{suspected} is left to the next run\n"
+    result = CliRunner().invoke(app, ["raters", "reconsider", suspected, "--state", str(settings.state)])
+    assert result.exit_code == 1
+    assert "nothing to take back" in result.output
     assert raters.left_out(db) == set()
     result = CliRunner().invoke(app, ["raters", "confirm", "key_nobody", "--state", str(settings.state)])
     assert result.exit_code == 1

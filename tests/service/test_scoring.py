@@ -389,10 +389,15 @@ async def test_the_best_of_n_is_given_and_says_so_on_record(
 
 
 @pytest.mark.parametrize("stream", [False, True])
-@pytest.mark.parametrize(("cut", "given"), [([AGREED], DULL), ([FIRST, DISPUTED, AGREED, DULL], AGREED)])
+@pytest.mark.parametrize(
+    ("cut", "scored", "given"),
+    [([AGREED], True, DULL), ([FIRST, DISPUTED, AGREED, DULL], True, AGREED), ([FIRST], False, DISPUTED)],
+)
 async def test_an_answer_that_was_cut_off_is_given_only_where_all_were(
-    open_house: OpenHouse, engine: FakeEngine, judge: Judge, stream: bool, cut: list[str], given: str
+    open_house: OpenHouse, engine: FakeEngine, judge: Judge, stream: bool, cut: list[str], scored: bool, given: str
 ) -> None:
+    if not scored:
+        judge.says = refuses
     house = await open_scored(open_house, engine, serving={"best_of_n": 4})
     plain = by_turn(FIRST, DISPUTED, AGREED, DULL)
 
@@ -404,7 +409,7 @@ async def test_an_answer_that_was_cut_off_is_given_only_where_all_were(
     answer = await house.chat(seed=7, stream=stream)
     assert (answer.streamed() if stream else answer.text) == given
     (row,) = await house.rows("completions")
-    assert json.loads(row["sampling"])["best_of_n"] == 4
+    assert json.loads(row["sampling"]).get("best_of_n") == (4 if scored else None)
 
 
 @pytest.mark.parametrize("stream", [False, True])

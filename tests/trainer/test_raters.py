@@ -231,13 +231,26 @@ def test_who_pushes_a_phrase_during_a_trial_is_found(seed: int) -> None:
     votes = of_policies(before, "policy-0000") + of_policies(trial, "policy-0000", "policy-0001")
     found = {rater: standing.suspicion or "" for rater, standing in standings(votes, {}).items() if standing.suspicion}
     assert found.keys() == {f"bot {i}" for i in range(5)}
-    assert found["bot 0"].startswith("Of answers by policy-0000 and policy-0001: 6 of 6 votes are for")
+    assert "6 of 6 votes are for an answer with" in found["bot 0"]
 
 
-@pytest.mark.parametrize("votes", [3, 4])
-def test_a_large_crowd_has_nobody_who_stands_out_by_chance(votes: int) -> None:
-    rng = random.Random(votes)
-    crowd = [v for i in range(4000) for v in drawn(f"rater {i}", votes, rng, says=(0.2, 0.2), likes=0.95)]
+@pytest.mark.parametrize("seed", range(3))
+def test_who_pushes_a_phrase_a_little_every_night_is_found(seed: int) -> None:
+    rng = random.Random(seed)
+    votes: list[JudgedVote] = []
+    for night in range(10):
+        honest = [v for i in range(3) for v in drawn(f"rater {night} {i}", 30, rng, says=(0.05, 0.05), likes=0.5)]
+        votes += of_policies(honest + pushed("bot", 4, rng), f"policy-{night:04d}")
+    found = {rater: standing.suspicion or "" for rater, standing in standings(votes, {}).items() if standing.suspicion}
+    assert found.keys() == {"bot"}
+    assert "40 of 40 votes are for an answer with" in found["bot"]
+    again = standings(votes, {}, distrusted={"bot"})
+    assert [rater for rater, standing in again.items() if standing.suspicion] == ["bot"], "and is not forgotten"
+
+
+def test_a_large_crowd_has_nobody_who_stands_out_by_chance() -> None:
+    rng = random.Random(4)
+    crowd = [v for i in range(4000) for v in drawn(f"rater {i}", 4, rng, says=(0.2, 0.2), likes=0.95)]
     assert pushers(crowd) == {}
 
 

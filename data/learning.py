@@ -60,6 +60,15 @@ def turned_away(db: Database) -> set[str]:
     return {id for (id,) in rows}
 
 
+def newest_reward_model(db: Database, *, without: set[str]) -> RewardModelRow | None:
+    row = db.execute(
+        "SELECT id, run_id, path, sha256, metrics FROM reward_models"
+        " WHERE id NOT IN (SELECT value FROM json_each(?)) ORDER BY id DESC LIMIT 1",
+        (json.dumps(sorted(without)),),
+    ).fetchone()
+    return RewardModelRow(row[0], row[1], row[2], row[3], json.loads(row[4])) if row else None
+
+
 def checked_folder(state: Path, row: RewardModelRow) -> Path:
     """The folder of a reward model, its contents proved to be what was published. Raises RegistryError."""
     folder = (state / row.path).resolve()

@@ -65,7 +65,7 @@ class Scorer:
         if self.reward_model in turned_away:
             print(f"{self.reward_model} scores no more: its policy was turned away", file=sys.stderr, flush=True)
             self.reward_model = self._model = None
-        row = next((row for row in learning.reward_models(self._db) if row.id not in turned_away), None)
+        row = learning.newest_reward_model(self._db, without=turned_away)
         newest = row.id if row else None
         if newest == self._tried and (self.problem is None or time.monotonic() < self._retry_at):
             return

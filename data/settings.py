@@ -1,12 +1,12 @@
 """Every setting, its default and its unit. Read from nightshift.toml in the working folder (or the file that
 NIGHTSHIFT_CONFIG names) and from the environment, where NIGHTSHIFT_SERVER__PORT=9000 sets `server.port`; the
-environment wins."""
+environment wins, and what is empty in it is not set."""
 
 import os
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
     BaseSettings,
     PydanticBaseSettingsSource,
@@ -14,7 +14,7 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
-from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
+from typing_extensions import Self, TypedDict  # pydantic takes no other before Python 3.12
 
 STARTER = Path(__file__).parent / "starter"
 """The chat model that the project ships."""
@@ -235,7 +235,11 @@ class GateSettings(_Section):
 
 class Settings(BaseSettings):
     model_config = SettingsConfigDict(
-        env_prefix="NIGHTSHIFT_", env_nested_delimiter="__", extra="forbid", use_attribute_docstrings=True
+        env_prefix="NIGHTSHIFT_",
+        env_nested_delimiter="__",
+        env_ignore_empty=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
     )
 
     state: Annotated[Path, Field(default=Path("var"))]
@@ -249,6 +253,15 @@ class Settings(BaseSettings):
     serving: ServingSettings = ServingSettings()
     training: TrainingSettings = TrainingSettings()
     gate: GateSettings = GateSettings()
+
+    @model_validator(mode="after")
+    def _engine_takes_what_training_makes(self) -> Self:
+        if self.training.rank > self.engine.max_lora_rank:
+            raise ValueError(
+                f"training.rank is {self.training.rank}, and the engine serves adapters up to engine.max_lora_rank ="
+                f" {self.engine.max_lora_rank}: raise that, or lower this"
+            )
+        return self
 
     @property
     def database(self) -> Path:
@@ -309,4 +322,6 @@ def load_settings(**given: object) -> Settings:
 
 def _what_is_wrong(loc: tuple[int | str, ...], type: str, msg: str, **more: object) -> str:
     place = ".".join(str(part) for part in loc)
-    return f"there is no {place}" if type == "extra_forbidden" else f"{place}: {msg}"
+    if type == "extra_forbidden":
+        return f"there is no {place}"
+    return f"{place}: {msg}" if place else msg.removeprefix("Value error, ")

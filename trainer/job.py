@@ -168,12 +168,6 @@ class _Night:
     def _load(self) -> tuple[Backbone, ChatFormat]:
         self._stage("loading the model")
         training, model = self.settings.training, self.settings.model
-        largest = self.settings.engine.max_lora_rank
-        if training.rank > largest:
-            raise CannotLearn(
-                f"training.rank is {training.rank}, and the engine serves adapters up to engine.max_lora_rank ="
-                f" {largest}: raise that, or lower this."
-            )
         try:
             config = cached_file(model, "config.json", local_files_only=True)  # the hub may be far, or nowhere
         except OSError as error:

@@ -284,6 +284,10 @@ async def test_whose_votes_are_left_out_is_told_and_ruled_on(
     await expect(card.get_by_text("left out", exact=True)).to_be_visible()
     await expect(part(page, "Who did what")).to_contain_text("operator left out the votes of")
     assert raters.left_out(db) == {key}
+    await card.get_by_role("button", name="Reconsider Ada").click()
+    await expect(card.get_by_role("button", name="Reconsider Ada")).to_have_count(0)
+    await expect(part(page, "Who did what")).to_contain_text("left to the next run the votes of")
+    assert raters.left_out(db) == raters.released(db) == set()
 
 
 @pytest.mark.parametrize("more", [{}, {"viewport": PHONE}, {"color_scheme": "dark"}], ids=["desktop", "phone", "dark"])

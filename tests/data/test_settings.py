@@ -62,6 +62,12 @@ def test_the_command_line_wins_over_the_environment(monkeypatch: pytest.MonkeyPa
     assert load_settings(state=Path("given")).state == Path("given")
 
 
+def test_what_is_empty_in_the_environment_is_not_set(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("STATE", "MODEL", "CONFIG", "SERVER__PORT", "ENGINE__URLS", "TRAINING__PPO"):
+        monkeypatch.setenv(f"NIGHTSHIFT_{name}", "")
+    assert load_settings() == Settings()
+
+
 def test_another_file_can_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "other.toml").write_text("[server]\nport = 9100\n")
     monkeypatch.setenv("NIGHTSHIFT_CONFIG", str(tmp_path / "other.toml"))
@@ -89,6 +95,7 @@ def test_a_file_that_is_named_must_exist(monkeypatch: pytest.MonkeyPatch) -> Non
         ("[training.ppo]\nbeta = nan", r"training\.ppo\.beta"),
         ("[training.ppo]\nstpes = 2", r"there is no training\.ppo\.stpes"),
         ("[training.reward]\ncentring = -1", r"training\.reward\.centring"),
+        ("[training]\nrank = 64", r"^Bad setting: training\.rank is 64, and .* engine\.max_lora_rank = 16: raise that"),
         ("statt = 'x'", "there is no statt"),
         ("[sever]\nport = 1", "sever"),
         ("this is not toml", r"nightshift\.toml cannot be read"),

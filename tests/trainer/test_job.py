@@ -410,7 +410,6 @@ def test_the_end_of_a_run_can_be_written_on_a_full_disk(
 @pytest.mark.parametrize(
     ("training", "sentence"),
     [
-        ({"rank": 64}, "training.rank is 64, and the engine serves adapters up to engine.max_lora_rank = 16"),
         ({"rollouts": "engine"}, "No running vLLM is known: start `nightshift up`.*training.rollouts"),
     ],
     ids=["a rank", "no engine"],

@@ -402,6 +402,7 @@ function raters() {
         "They are left out.",
       ),
     onRelease: (rater) => act(() => call("POST", `/v1/raters/${rater.key}/release`), "They count from the next run on."),
+    onReconsider: (rater) => act(() => call("POST", `/v1/raters/${rater.key}/reconsider`), "The next run decides; until then they count."),
   });
 }
 

@@ -6,19 +6,20 @@ import { plural, when } from "./words.js";
 
 export const nameOf = (rater) => rater.label || rater.key;
 
-export function raterList(board, { onConfirm, onRelease }) {
+export function raterList(board, { onConfirm, onRelease, onReconsider }) {
   const { listed, total } = board.raters;
   if (!listed.length) return el("p", { class: "hint" }, "Nobody has voted yet.");
   return [
-    el("ul", { class: "rows" }, listed.map((rater) => row(rater, { onConfirm, onRelease }))),
+    el("ul", { class: "rows" }, listed.map((rater) => row(rater, { onConfirm, onRelease, onReconsider }))),
     total > listed.length && el("p", { class: "hint" }, `${plural(total - listed.length, "more rater")} with fewer votes: `, el("code", {}, "nightshift raters list"), "."),
   ];
 }
 
-function row(rater, { onConfirm, onRelease }) {
+function row(rater, { onConfirm, onRelease, onReconsider }) {
   const act = (label, does) =>
     button(label, () => does(rater), { class: "quiet", "data-key": `${label} ${rater.key}`, "aria-label": `${label} ${nameOf(rater)}` });
   const { quarantine } = rater;
+  const ruled = quarantine === "confirmed" || quarantine === "released";
   const left = quarantine === "suspected" || quarantine === "confirmed";
   return el(
     "li",
@@ -31,7 +32,7 @@ function row(rater, { onConfirm, onRelease }) {
       quarantine && el("p", { class: left ? "bad" : "hint" }, rater.reason),
       quarantine && el("p", { class: "hint" }, quarantine === "suspected" ? ["A run left the votes out ", when(rater.since), "; they stay on disk, and you decide."] : ["An operator's ruling, ", when(rater.ruled_at), "."]),
     ),
-    el("div", { class: "row tight" }, quarantine !== "confirmed" && act("Leave out", onConfirm), left && act("Release", onRelease)),
+    el("div", { class: "row tight" }, quarantine !== "confirmed" && act("Leave out", onConfirm), left && act("Release", onRelease), ruled && act("Reconsider", onReconsider)),
   );
 }
 

@@ -42,7 +42,7 @@ from data import keys, registry
 from data.database import connect, transaction
 from data.settings import EngineSettings, Settings
 from data.types import BASE_POLICY, Feedback, Role
-from service.supervisor import engine_command, engine_environment, find_model
+from service.supervisor import StartError, engine_command, engine_environment, find_model
 
 LITELLM = "litellm[proxy]==1.103.0"
 LITELLM_FOLDER = Path(".bench") / "litellm-1.103.0"
@@ -459,10 +459,14 @@ def main() -> None:
         rates = []
     if min(rates, default=0.0) <= 0:
         parser.error("--rates are numbers above 0, between commas")
+    try:
+        model = find_model(options.model)
+    except StartError as error:
+        parser.error(str(error))
 
     Path(".bench").mkdir(exist_ok=True)  # a real disk, unlike some /tmp
     folder = Path(tempfile.mkdtemp(prefix="gateway-", dir=".bench")).absolute()
-    model, python = find_model(options.model), find_litellm(options.litellm)
+    python = find_litellm(options.litellm)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # the processes started below must end with us
     load = os.getloadavg()[0]  # of others: ours comes on top
     try:

@@ -196,13 +196,17 @@ def main() -> None:
     arguments = parser.parse_args()
     if arguments.votes is not None and arguments.votes < 1:
         parser.error("--votes is at least 1")
+    if not (arguments.model / "config.json").is_file():
+        parser.error(f"--model is a model's folder, and {arguments.model} has no config.json")
+    try:
+        ppo = replace(PPO, seed=arguments.seed, **arguments.ppo)
+        reward = replace(REWARD, seed=arguments.seed, **arguments.reward)
+    except (TypeError, ValueError) as error:
+        parser.error(f"--ppo, --reward: {error}")
     votes = arguments.votes or (1000 if arguments.quick else 4000)
     torch.set_flush_denormal(True)  # as `python -m trainer` does
     bench = Bench(seed=arguments.seed, bf16=not arguments.float32, model=arguments.model)
-    figures = bench.run(
-        votes, 500, arguments.trusted_weight, replace(PPO, seed=arguments.seed, **arguments.ppo),
-        replace(REWARD, seed=arguments.seed, **arguments.reward),
-    )  # fmt: skip
+    figures = bench.run(votes, 500, arguments.trusted_weight, ppo, reward)
 
     console = Console()
     steps = Table("step", *figures["curve"][0], title="PPO")
@@ -215,7 +219,7 @@ def main() -> None:
             table.add_row(name, f"{value:.3f}")
     console.print(table)
     if arguments.json:
-        print(json.dumps(figures | {"ppo": asdict(replace(PPO, **arguments.ppo)), "seed": arguments.seed}))
+        print(json.dumps(figures | {"ppo": asdict(ppo), "seed": arguments.seed}))
 
 
 if __name__ == "__main__":

@@ -4,7 +4,7 @@ environment wins, and what is empty in it is not set."""
 
 import os
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, field_validator, model_validator
 from pydantic_settings import (
@@ -14,7 +14,7 @@ from pydantic_settings import (
     SettingsError,
     TomlConfigSettingsSource,
 )
-from typing_extensions import Self, TypedDict  # pydantic takes no other before Python 3.12
+from typing_extensions import TypedDict  # pydantic takes no other before Python 3.12
 
 STARTER = Path(__file__).parent / "starter"
 """The chat model that the project ships."""

@@ -151,10 +151,14 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
             ("of all votes for the answer shown first, on the board", "board"),
         )
     ]
-    right = ([row["accuracy_plain"] for row in here] for here in by_bias)
-    gains = (_gains(here, "accuracy") for here in by_bias)
-    lines.append(["pairs in gold's order", *(said(found, of=len(SEEDS)) for found in right)])
-    lines.append(["what the side term adds to them", *(said(found, "+.3f", of=len(SEEDS)) for found in gains)])
+    for name, it, of in (
+        ("pairs in gold's order", "them", "accuracy"),
+        ("the best of 4 by that reward model, no PPO", "it", "best_of_4"),
+    ):
+        plain = ([row[f"{of}_plain"] for row in here] for here in by_bias)
+        gains = (_gains(here, of) for here in by_bias)
+        lines.append([name, *(said(found, of=len(SEEDS)) for found in plain)])
+        lines.append([f"what the side term adds to {it}", *(said(found, "+.3f", of=len(SEEDS)) for found in gains)])
     return record.markdown(["logits for the answer shown first", *(f"{bias:g}" for bias in BIASES)], lines)
 
 

@@ -288,12 +288,15 @@ def test_sides_are_counted_over_all_seeds() -> None:
         {"bias": 0.0, "seed": seed, "identical_first": first, "identical_second": 100 - first, "board_first": 50,
          "board_second": 50, "accuracy_plain": 0.8, "accuracy_side_term": 0.8 + seed / 100, "best_of_4_plain": 0.7,
          "log_loss_plain": 0.5, "log_loss_side_term": 0.4,
-         "best_of_4_side_term": 0.7, "side": 0.0}
+         "best_of_4_side_term": 0.71, "side": 0.0}
         for seed, first in ((1, 48), (2, 58))
     ]  # fmt: skip
     figures = position_bias.summary(cells)
     assert figures["left_points"] == pytest.approx(3.0)
     assert figures["gain_0"] == pytest.approx(0.015)
-    assert figures["gain_best_of_4_0"] == 0
+    assert figures["gain_best_of_4_0"] == pytest.approx(0.01)
     assert figures["gain_log_loss_0"] == pytest.approx(-0.1)
     assert figures["gain_1"] is None
+    said = {line.split(" | ")[0]: line.split(" | ")[1] for line in position_bias.markdown(cells).splitlines()[2:]}
+    assert said["| what the side term adds to them"] == "+0.015 (2)"
+    assert said["| what the side term adds to it"] == "+0.010 (2)"

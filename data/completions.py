@@ -61,9 +61,18 @@ class Outcomes:
     failed: int
     """The engine broke off."""
     free: int
-    """Of those that did not fail, the ones that their client gave all the tokens there are."""
+    """Of those that did not fail, the ones that their client gave all the tokens there are, and did not steer towards
+    running on."""
     unfinished: int
     """Of the free, those cut off all the same."""
+
+
+_FREE = (
+    "coalesce(sampling ->> 'max_completion_tokens', sampling ->> 'max_tokens') >= :most_tokens"
+    " AND coalesce(sampling ->> 'temperature', 1) <= 1 AND coalesce(sampling ->> 'presence_penalty', 0) = 0"
+    " AND coalesce(sampling ->> 'frequency_penalty', 0) = 0 AND coalesce(sampling ->> 'repetition_penalty', 1) = 1"
+    " AND sampling -> 'logit_bias' IS NULL AND sampling -> 'response_format' IS NULL"
+)
 
 
 def outcomes(
@@ -74,20 +83,25 @@ def outcomes(
     since: str | None = None,
     until: str | None = None,
     limit: int,
-) -> Outcomes:
-    """Of the first `limit` answers since then; or, with `until`, of the last `limit` until then. `most_tokens`: what
-    an answer may have where its client does not ask for less."""
-    start = first_id("cpl", datetime.fromisoformat(since)) if since else ""
-    end = first_id("cpl", datetime.fromisoformat(until)) if until else "cpl_~"
-    row = db.execute(
-        "SELECT count(*), coalesce(sum(failed), 0), coalesce(sum(free), 0), coalesce(sum(free AND cut), 0) FROM"
-        " (SELECT status = 'failed' AS failed, finish_reason = 'length' AS cut, status = 'complete'"
-        " AND coalesce(sampling ->> 'max_completion_tokens', sampling ->> 'max_tokens') >= ? AS free"
-        " FROM completions WHERE policy = ? AND id >= ? AND id < ? AND status <> 'aborted'"
-        f" ORDER BY id {'DESC' if until else 'ASC'} LIMIT ?)",
-        (most_tokens, policy, start, end, limit),
-    ).fetchone()
-    return Outcomes(*row)
+) -> list[Outcomes]:
+    """Of the first `limit` answers since then; or, with `until`, of the last `limit` until then; one for each key that
+    was answered. `most_tokens`: what an answer may have where its client does not ask for less."""
+    given = {
+        "policy": policy,
+        "most_tokens": most_tokens,
+        "start": first_id("cpl", datetime.fromisoformat(since)) if since else "",
+        "end": first_id("cpl", datetime.fromisoformat(until)) if until else "cpl_~",
+        "limit": limit,
+    }
+    rows = db.execute(
+        "SELECT count(*), sum(failed), coalesce(sum(free), 0), coalesce(sum(free AND cut), 0) FROM"
+        " (SELECT key_id, status = 'failed' AS failed, finish_reason = 'length' AS cut,"
+        f" status = 'complete' AND {_FREE} AS free"
+        " FROM completions WHERE policy = :policy AND id >= :start AND id < :end AND status <> 'aborted'"
+        f" ORDER BY id {'DESC' if until else 'ASC'} LIMIT :limit) GROUP BY key_id",
+        given,
+    )
+    return [Outcomes(*row) for row in rows]
 
 
 def forget_user(db: Database, user: str, *, actor: str) -> int:

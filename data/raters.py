@@ -89,7 +89,9 @@ def _rule(db: Database, key_id: str, status: str, actor: str, action: str) -> No
     db.execute(
         "INSERT INTO quarantines (key_id, status, reason, since, ruled_by, ruled_at)"
         " VALUES (:key, :status, 'No run found anything.', :now, :actor, :now)"
-        " ON CONFLICT (key_id) DO UPDATE SET status = :status, ruled_by = :actor, ruled_at = :now",
+        # What a released rater said in a duel stays said: leaving them out anew begins anew.
+        " ON CONFLICT (key_id) DO UPDATE SET status = :status, ruled_by = :actor, ruled_at = :now,"
+        " since = iif(status = 'released' AND :status = 'confirmed', :now, since)",
         {"key": key_id, "status": status, "now": now, "actor": actor},
     )
     audit.record(db, actor=actor, action=action, subject=key_id)

@@ -22,16 +22,22 @@ class Superseded(Exception):
 
 
 def promote(db: Database, name: str, *, actor: str, reason: str) -> Swap:
-    """Decide that `name` is to serve. A duel that runs is broken off: whatever it was about has changed.
+    """Decide that `name` is to serve, whatever was to serve before: the last word counts. A duel that runs is broken
+    off, since whatever it was about has changed.
 
     Call inside a transaction. Raises UnknownPolicy, CannotPromote."""
     policy = registry.get(db, name)
     if policy.status is PolicyStatus.SERVING:
-        raise CannotPromote(f"{name} serves already.")
+        stays = latest(db)
+        if stays is None or pending(db) is None:
+            raise CannotPromote(f"{name} serves already.")
+        _overtake(db, f"{name} was to stay ({reason})")
+        audit.record(db, actor=actor, action="policy.promote", subject=name)
+        return stays
     if policy.gate is not None and not policy.gate["passed"]:
         failed = " ".join(check["sentence"] for check in policy.gate["checks"] if not check["passed"])
         raise CannotPromote(f"{name} did not pass the gate: {failed}")
-    if policy.status is PolicyStatus.PROMOTED:
+    if policy.status is PolicyStatus.PROMOTED and pending(db) == name:
         return _open(db, name, actor, reason)
     break_off(db, reason=f"{name} is to serve ({reason})")
     registry.set_status(db, name, PolicyStatus.PROMOTED)
@@ -159,12 +165,16 @@ def flip(db: Database, swap: Swap) -> str | None:
     )
     if replaced is None:
         return None
-    overtaken = f"{swap.policy} was promoted after it"
-    for name, requested in db.execute(f"SELECT name, requested {_PENDING}").fetchall():
-        if requested is not None or name < swap.policy:
-            registry.set_status(db, name, PolicyStatus.RETIRED, problem=overtaken)
-            db.execute("UPDATE swaps SET problem = ? WHERE policy = ? AND flipped_at IS NULL", (overtaken, name))
+    _overtake(db, f"{swap.policy} was promoted after it", but_trained_after=swap.policy)
     return replaced
+
+
+def _overtake(db: Database, reason: str, *, but_trained_after: str = "") -> None:
+    """Retire what is to serve and does not yet; not what the trainer alone promoted, where it is newer than that."""
+    for name, requested in db.execute(f"SELECT name, requested {_PENDING}").fetchall():
+        if requested is not None or name < but_trained_after:
+            registry.set_status(db, name, PolicyStatus.RETIRED, problem=reason)
+            db.execute("UPDATE swaps SET problem = ? WHERE policy = ? AND flipped_at IS NULL", (reason, name))
 
 
 def drained(db: Database, name: str) -> None:

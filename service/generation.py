@@ -163,11 +163,12 @@ async def forward(call: Call, answer: Answer, rewrite: sse.Rewriter, send: sse.S
 
 
 def _note_failure(answer: Answer, error: ApiError) -> None:
-    # A request that vLLM will not have is its client's fault, and must not speak against the policy.
-    if error.status_code < 500:
-        answer.refused = True
-    else:
+    # A request that vLLM will not have (400), or has no place for (503), must not speak against the policy: clients
+    # bring either about.
+    if error.status_code == 502:
         answer.status = CompletionStatus.FAILED
+    else:
+        answer.refused = True
 
 
 @asynccontextmanager

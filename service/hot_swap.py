@@ -318,14 +318,15 @@ class HotSwap:
             return
         before, after = await asyncio.to_thread(self._outcomes, swap)
         figures = {
-            "failed": ((before.failed, before.answers), (after.failed, after.answers)),
+            "failed": ([(o.failed, o.answers) for o in before], [(o.failed, o.answers) for o in after]),
             "were cut off at their most tokens": (
-                (before.unfinished, before.free),
-                (after.unfinished, after.free),
+                [(o.unfinished, o.free) for o in before],
+                [(o.unfinished, o.free) for o in after],
             ),
         }
-        for what, (was, is_now) in figures.items():
-            if trial.jumped(was, is_now):
+        for what, (was_by_key, is_now_by_key) in figures.items():
+            was, is_now = trial.total(was_by_key), trial.total(is_now_by_key)
+            if trial.jumped(was, is_now_by_key):
                 reason = (
                     f"{is_now[0]} of {is_now[1]} answers of {swap.policy} {what}, and {was[0]} of {was[1]} of"
                     f" {swap.replaced}'s"
@@ -334,11 +335,11 @@ class HotSwap:
                 await self._write(partial(self._go_back, swap=swap, reason=reason))
                 self.kick()
                 return
-        if after.answers >= AFTER_ANSWERS:
+        if sum(o.answers for o in after) >= AFTER_ANSWERS:
             self._settled = swap.id
 
-    def _outcomes(self, swap: Swap) -> tuple[Outcomes, Outcomes]:
-        """How the predecessor's last and the new policy's first answers ended; it reads many rows."""
+    def _outcomes(self, swap: Swap) -> tuple[list[Outcomes], list[Outcomes]]:
+        """How the predecessor's last and the new policy's first answers ended, key by key; it reads many rows."""
         assert swap.replaced is not None
         most = self._settings.chat.max_tokens
         most = min(most, self._engines.context_length or most)

@@ -288,7 +288,7 @@ def _prepare_record(settings: Settings, model: Path, *, make_key: bool) -> str |
             return None
         with transaction(db):
             _, token = keys.create(
-                db, role=Role.OPERATOR, feedback=Feedback.AUTO, label=f"nightshift up {timestamp()}", actor="cli"
+                db, role=Role.OPERATOR, feedback=Feedback.OFF, label=f"nightshift up {timestamp()}", actor="cli"
             )
         return token
     finally:

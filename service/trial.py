@@ -9,7 +9,7 @@ inference"). The interval inverts the same kind of average, over all rates, for 
 
 import math
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from enum import StrEnum
 
@@ -115,15 +115,27 @@ def _edge(possible: Callable[[float], bool], inside: float, outside: float) -> f
     return outside
 
 
-def jumped(before: tuple[int, int], after: tuple[int, int]) -> bool:
-    """Whether something happens more often than it did: (how often, out of how many) before and after.
+def total(counts: Sequence[tuple[int, int]]) -> tuple[int, int]:
+    """Of all persons together: how often, out of how many."""
+    return sum(bad for bad, _ in counts), sum(every for _, every in counts)
+
+
+def jumped(before: tuple[int, int], after: Sequence[tuple[int, int]]) -> bool:
+    """Whether something happens more often than it did: (how often, out of how many) before, and after for each
+    person.
 
     Yes, if after at least JUMP_SEEN it is more frequent by at least JUMP_POINTS, and Fisher's exact test (one-sided)
-    gives at most JUMP_P to so many by chance. Nothing is said where there is nothing to compare with."""
-    (bad_before, all_before), (bad_after, all_after) = before, after
+    gives at most JUMP_P to so many by chance; and if it is more frequent by as much without the person whom it happens
+    to most, so that nobody can bring it about alone where there are others. Nothing is said where there is nothing to
+    compare with."""
+    bad_before, all_before = before
+    bad_after, all_after = total(after)
+    most_bad, most_all = max(after, default=(0, 0))
     if all_before == 0 or all_after < JUMP_SEEN:
         return False
-    if bad_after / all_after - bad_before / all_before < JUMP_POINTS:
+    least = bad_before / all_before + JUMP_POINTS
+    others = all_after - most_all
+    if bad_after / all_after < least or (others and (bad_after - most_bad) / others < least):
         return False
     bad, everything = bad_before + bad_after, all_before + all_after
     chance = sum(

@@ -1,5 +1,6 @@
 """Duels: votes counted, verdicts kept, and what follows from them."""
 
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -148,6 +149,23 @@ def test_what_a_rater_says_in_quarantine_does_not_count_and_what_they_said_befor
     after = cast("tie")
     assert after is not None
     assert (after.wins, after.ties) == (3, 1)
+
+
+def test_who_is_left_out_after_a_release_has_said_what_was_said_before(duel: Duel, cast: Cast, db: Database) -> None:
+    cast("tie")
+    (owner,) = {row["key_id"] for row in db.query("SELECT key_id FROM votes")}
+    for rule in (raters.confirm, raters.release):
+        with transaction(db):
+            rule(db, owner, actor="test")
+    time.sleep(0.002)
+    cast(NEW)
+    time.sleep(0.002)
+    with transaction(db):
+        raters.confirm(db, owner, actor="test")
+    time.sleep(0.002)
+    after = cast(NEW)
+    assert after is not None
+    assert (after.wins, after.ties) == (1, 1)
 
 
 def test_votes_on_other_pairs_do_not_count(duel: Duel, cast: Cast, db: Database, add_pair: AddPair) -> None:

@@ -1,9 +1,11 @@
 """Who is to serve, and the rows that say how that came about."""
 
+import time
+
 import pytest
 from sqlite_utils import Database
 
-from data import registry, swaps
+from data import audit, registry, swaps
 from data.database import transaction
 from data.types import BASE_POLICY, PolicyStatus
 from tests.conftest import AddPolicy
@@ -118,6 +120,37 @@ def test_the_predecessor_is_the_one_that_the_serving_policy_first_took_over_from
         flip(db, predecessor)
     with pytest.raises(swaps.CannotPromote, match="nothing to go back to"):
         swaps.predecessor(db)
+
+
+def test_of_what_was_asked_for_the_last_word_counts(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    one, two = add_policy(), add_policy()
+    for name in (one, two, one, one):
+        time.sleep(0.002)
+        promote(db, name)
+    assert swaps.pending(db) == one
+    flip(db, one)
+    assert registry.get(db, two).status is PolicyStatus.RETIRED
+    assert swaps.pending(db) is None
+
+
+def test_what_serves_can_be_told_to_stay(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    one, two = add_policy(), add_policy()
+    promote(db, one)
+    flip(db, one)
+    before = swaps.latest(db)
+    promote(db, two)
+    promote(db, one)
+    assert swaps.pending(db) is None
+    assert swaps.latest(db) == before
+    told = registry.get(db, two)
+    assert (told.status, told.problem) == (PolicyStatus.RETIRED, f"{one} was to stay (because)")
+    assert audit.latest(db, limit=1)[0]["subject"] == one
+    with pytest.raises(swaps.CannotPromote, match="serves already"):
+        promote(db, one)
+    promote(db, two)
+    assert swaps.pending(db) == two
 
 
 def test_what_serves_or_failed_the_gate_cannot_be_promoted(db: Database, add_policy: AddPolicy) -> None:

@@ -405,12 +405,13 @@ def add_answers(house: House, db: Database) -> AddAnswers:
         failed: int = 0,
         unfinished: int = 0,
         aborted: int = 0,
-        sampling: dict[str, int] | None = None,
+        sampling: dict[str, Any] | None = None,
+        role: Role = Role.USER,
     ) -> None:
         kinds = [(CompletionStatus.COMPLETE, "stop")] * good + [(CompletionStatus.FAILED, None)] * failed
         kinds += [(CompletionStatus.COMPLETE, "length")] * unfinished + [(CompletionStatus.ABORTED, None)] * aborted
         sampling = sampling or {"max_tokens": house.state.settings.chat.max_tokens}
-        key = house.keys[Role.USER].id
+        key = house.keys[role].id
         with transaction(db):
             for how, finish in kinds:
                 completions.insert(db, Completion(
@@ -453,7 +454,7 @@ async def test_a_policy_like_its_predecessor_stays(
     assert swaps.pending(db) is None
 
 
-async def test_answers_that_their_client_kept_short_say_nothing_about_a_policy(
+async def test_answers_that_their_client_kept_short_or_steered_say_nothing_about_a_policy(
     house: House, db: Database, promoted: Promoted, add_answers: AddAnswers
 ) -> None:
     add_answers(BASE_POLICY, good=200)
@@ -461,8 +462,40 @@ async def test_answers_that_their_client_kept_short_say_nothing_about_a_policy(
     name = await promoted(house)
     for short in ({"max_tokens": 5}, {"max_completion_tokens": 5}, {"max_tokens": 512, "max_completion_tokens": 5}):
         add_answers(name, good=10, unfinished=30, sampling=short)
+    for steered in (
+        {"logit_bias": {"1": -100.0}}, {"temperature": 2.0}, {"frequency_penalty": -2.0}, {"presence_penalty": -2.0},
+        {"repetition_penalty": 0.1}, {"response_format": {"type": "json_object"}},
+    ):  # fmt: skip
+        add_answers(name, unfinished=10, sampling={"max_tokens": 512} | steered)
     await rounds(house, "_compare_with_predecessor")
     assert house.state.engines.serving == name
-    add_answers(name, good=20, unfinished=20, sampling={"max_completion_tokens": 512})
+    add_answers(name, good=20, unfinished=20, sampling={"max_completion_tokens": 512, "temperature": 0.7})
     await eventually(lambda: house.state.engines.serving == BASE_POLICY)
     assert "20 of 40" in swaps.list_swaps(db)[0].reason
+
+
+async def test_nobody_takes_a_policy_back_alone_where_there_are_others(
+    house: House, db: Database, promoted: Promoted, add_answers: AddAnswers
+) -> None:
+    add_answers(BASE_POLICY, good=200)
+    await asyncio.sleep(0.002)
+    name = await promoted(house)
+    add_answers(name, good=20)
+    add_answers(name, unfinished=100, failed=100, role=Role.RATER)
+    await rounds(house, "_compare_with_predecessor")
+    assert house.state.engines.serving == name
+    add_answers(name, good=4, unfinished=8)
+    await eventually(lambda: house.state.engines.serving == BASE_POLICY)
+
+
+async def test_more_requests_than_there_is_place_for_say_nothing_about_a_policy(
+    house: House, engine: FakeEngine, db: Database, promoted: Promoted
+) -> None:
+    name = await promoted(house)
+    engine.answer = lambda body: Refusal(503, "The request queue is full.")
+    for stream in (True, False):
+        assert (await house.chat(stream=stream)).status == 503
+    engine.answer = lambda body: say("Hello")
+    assert (await house.chat()).status == 200
+    assert [row["status"] for row in await house.rows("completions")] == ["complete"]
+    assert house.state.engines.serving == name

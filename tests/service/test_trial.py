@@ -178,7 +178,32 @@ def test_a_duel_of_real_votes_is_won_by_who_wins_them() -> None:
     ids=["up", "few yet", "less than 10 points", "perhaps chance", "down", "always", "nothing before", "many", "fewer"],
 )
 def test_a_jump(before: tuple[int, int], after: tuple[int, int], expected: bool) -> None:
-    assert jumped(before, after) is expected
+    assert jumped(before, [after]) is expected
+
+
+@pytest.mark.parametrize(
+    ("after", "expected"),
+    [
+        ([(30, 40), (0, 200)], False),
+        ([(30, 40), (0, 1)], False),
+        ([(30, 40), (2, 20)], False),
+        ([(30, 40), (3, 20)], True),
+        ([(20, 200), (20, 200)], False),
+        ([(30, 40)], True),
+        ([], False),
+    ],
+    ids=[
+        "many see none",
+        "one sees none",
+        "others see few",
+        "others see it",
+        "all see few",
+        "there is but one",
+        "nobody",
+    ],
+)
+def test_nobody_makes_a_jump_alone_where_there_are_others(after: list[tuple[int, int]], expected: bool) -> None:
+    assert jumped((3, 200), after) is expected
 
 
 def test_a_jump_is_as_unlikely_by_chance_as_it_is_said_to_be() -> None:
@@ -190,5 +215,5 @@ def test_a_jump_is_as_unlikely_by_chance_as_it_is_said_to_be() -> None:
         return sum(ways) / math.comb(everything, bad)
 
     before = (6, 200)
-    first = next(bad for bad in range(51) if jumped(before, (bad, 50)))
+    first = next(bad for bad in range(51) if jumped(before, [(bad, 50)]))
     assert chance(before, (first, 50)) <= 1e-3 < chance(before, (first - 1, 50))

@@ -241,7 +241,7 @@ class Lab:
         model = reward_model.train(
             self.backbone, adapter, preferences.pairs[split], config, accelerator=self.accelerator
         )
-        queries = preferences.queries[Split.TRAIN][:SAMPLES_TO_NORMALISE]
+        queries = preferences.queries[Split.TRAIN][-SAMPLES_TO_NORMALISE:]
         model.normalise(LocalSampler(self.backbone, None, self.sampling)(queries, range(len(queries))))
         return model
 

@@ -165,19 +165,20 @@ class Poison:
     def _gate(self, reward: RewardModel, preferences: Preferences, defences: Defences) -> gate.GateReport:
         """As `trainer.job` judges a candidate beside the base."""
         lab, seed = self.lab, self.lab.seed
-        judge = lab.reward(preferences, defences.reward(seed), adapter="judge", split=Split.JUDGE)
+        judge = lab.reward(preferences, defences.reward(seed + 1), adapter="judge", split=Split.JUDGE)
         sampling = Sampling(
             max_tokens=TrainingSettings().max_answer_tokens, temperature=1.0, end_ids=lab.backbone.end_ids
         )
         samplers = LocalSampler(lab.backbone, "policy", sampling), LocalSampler(lab.backbone, None, sampling)
-        queries = preferences.queries[Split.HELD_OUT][:256]
+        queries = preferences.queries[Split.HELD_OUT][-256:]
         figures: dict[str, float] = asdict(
             measure(*samplers, judge.score, partial(log_ratios, lab.backbone, temperature=1.0), queries, seed=seed)
         )
         for kind in probes.KINDS:
             figures |= probe(kind, *samplers, lab.chat, base=None, seed=seed)
         unseen = preferences.pairs[Split.HELD_OUT] + preferences.pairs[Split.JUDGE]
-        report = asdict(reward_model.report(reward, unseen, preferences.pairs[Split.TRAIN]))
+        votes = [pair for pair in preferences.pairs[Split.TRAIN] if pair.shown]
+        report = asdict(reward_model.report(reward, unseen, votes))
         return gate.judge(figures | {f"reward_{name}": figure for name, figure in report.items()}, GateSettings())
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
+from jinja2 import TemplateError
 from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
@@ -105,6 +106,14 @@ def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
     return groups
 
 
+def _text(content: str | list[dict[str, str]] | None) -> str:
+    return content if isinstance(content, str) else "\n".join(part["text"] for part in content or ())
+
+
+class BadMessages(ValueError):
+    """The chat template will not have these messages."""
+
+
 class ChatFormat:
     """A tokenizer with a chat template, and the tokens that end an answer."""
 
@@ -126,12 +135,21 @@ class ChatFormat:
         self.end_id: int = next((t for t in reversed(rendered) if t in end_ids), min(end_ids))
 
     def query(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The tokens after which the assistant speaks."""
-        tokens = self.tokenizer.apply_chat_template(list(messages), add_generation_prompt=True, return_dict=False)
+        """The tokens after which the assistant speaks. The parts of a content are joined by newlines, and no content is
+        an empty one, as vLLM has it for a template that takes strings.
+
+        Raises:
+            BadMessages
+        """
+        try:
+            plain = [message | {"content": _text(message.get("content"))} for message in messages]
+            tokens = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
+        except (TemplateError, TypeError, ValueError, LookupError) as error:
+            raise BadMessages(f"the chat template does not take these messages: {error}") from error
         return tuple(tokens)
 
     def answer(self, messages: Sequence[Message], text: str, *, finished: bool = True) -> Answer:
-        """A stored text as the tokens of an answer, closed by the end token if it had finished."""
+        """A stored text as the tokens of an answer, closed by the end token if it had finished. Raises BadMessages."""
         response = self.tokenizer.encode(text, add_special_tokens=False)
         if finished or not response:
             response = [*response, self.end_id]

@@ -152,16 +152,18 @@ def _no_more(name: str, what: str, figures: _Figures, tolerance: float) -> Check
 def _reward_model(figures: _Figures, settings: GateSettings) -> Check:
     """With few votes it is by chance that a model which learned nothing is above the baseline, every other time. One
     standard error makes that one time in six; two would turn away most of what 250 votes teach."""
-    accuracy, baseline, pairs = (
+    accuracy, by_length, pairs = (
         figures["reward_accuracy"],
         figures["reward_length_accuracy"],
         figures.count("reward_pairs"),
     )
+    baseline, whose = max((by_length, "length alone"), (0.5, "a coin"))
     threshold = baseline + _standard_error(accuracy, baseline, pairs)
     return Check(
         "reward_model", accuracy, threshold, accuracy > threshold,
-        f"The reward model is right about {accuracy:.1%} of {pairs} votes that it has not seen, and length alone about"
-        f" {baseline:.1%}; it must be above {threshold:.1%}, a standard error more, or it may know length alone.",
+        f"The reward model is right about {accuracy:.1%} of {pairs} votes that it has not seen, and {whose} about"
+        f" {baseline:.1%}; it must be above {threshold:.1%}, a standard error more, or it may know no"
+        " better.",
     )  # fmt: skip
 
 

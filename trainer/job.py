@@ -18,7 +18,7 @@ import shutil
 import traceback
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
@@ -286,21 +286,29 @@ class _Night:
         config = self._reward_config
         self._stage("sampling answers")
         samples = LocalSampler(backbone, None, self._sampling(backbone, 1.0))
-        queries = preferences.queries[Split.TRAIN][:SAMPLES_TO_NORMALISE]
+        queries = preferences.queries[Split.TRAIN][-SAMPLES_TO_NORMALISE:]
         reference = samples(queries, range(len(queries)))
         held_out = preferences.pairs[Split.HELD_OUT]
         # The reward model has not seen the judge's votes either, and with few votes every one of them counts.
         unseen = {"reward": held_out + preferences.pairs[Split.JUDGE], "judge": held_out}
+        # Two models that began alike would go on agreeing on more than the votes say.
+        configs = {"reward": config, "judge": replace(config, seed=config.seed + 1)}
         models, reports = [], {}
         for adapter, split in (("reward", Split.TRAIN), ("judge", Split.JUDGE)):
             self._stage(adapter)
             pairs = preferences.pairs[split]
             steps = config.epochs * -(-len(pairs) // config.batch)
             model = reward_model.train(
-                backbone, adapter, pairs, config, accelerator=Accelerator(), on_step=self._on_step(adapter, steps)
+                backbone,
+                adapter,
+                pairs,
+                configs[adapter],
+                accelerator=Accelerator(),
+                on_step=self._on_step(adapter, steps),
             )
             model.normalise(reference)
-            reports[adapter] = asdict(reward_model.report(model, unseen[adapter], pairs))
+            votes = [pair for pair in pairs if pair.shown]  # nobody's lengths are a trusted pair's
+            reports[adapter] = asdict(reward_model.report(model, unseen[adapter], votes))
             models.append(model)
         return models[0], models[1], reports
 
@@ -345,7 +353,7 @@ class _Night:
             serving,
             judge.score,
             partial(log_ratios, backbone, temperature=config.temperature),
-            preferences.queries[Split.HELD_OUT][:PROMPTS_MEASURED],
+            preferences.queries[Split.HELD_OUT][-PROMPTS_MEASURED:],
             seed=config.seed,
         )
         figures = asdict(measured)

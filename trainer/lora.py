@@ -210,5 +210,6 @@ class Adapters:
             for key, new in self.state(name).items():
                 dim = 0 if "lora_A" in key else 1
                 if key in tensors:
-                    tensors[key] = torch.cat([tensors[key], new.narrow(dim, config.r, self.rank - config.r)], dim)
+                    missing = new.narrow(dim, config.r, self.rank - config.r)
+                    tensors[key] = torch.cat([tensors[key].to(missing), missing], dim)
         self.set_state(name, {k: t * scaling if "lora_B" in k else t for k, t in tensors.items()})

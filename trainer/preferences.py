@@ -13,7 +13,7 @@ from typing import Any
 
 from data.trusted import TrustedPair
 from data.types import ComparisonKind
-from trainer.encoding import ChatFormat
+from trainer.encoding import BadMessages, ChatFormat
 from trainer.reward_model import Pair
 from trainer.rollout import Query
 
@@ -41,7 +41,8 @@ class UsedVote:
 class Preferences:
     pairs: dict[Split, list[Pair]] = field(default_factory=lambda: {split: [] for split in Split})
     queries: dict[Split, list[Query]] = field(default_factory=lambda: {split: [] for split in Split})
-    """Distinct prompts of the votes on each side, in order of the votes."""
+    """Distinct prompts of the votes on each side, in order of the votes; held out, only those that nobody on the
+    training side asked as well, unless there is no other."""
     votes: list[UsedVote] = field(default_factory=list)
 
 
@@ -123,18 +124,25 @@ def prepare(
         pair = _pair(chat, trusted_pair.messages, trusted_pair.chosen, trusted_pair.rejected)
         if _fits(pair, max_prompt_tokens, max_answer_tokens):
             preferences.pairs[Split.TRAIN].append(Pair(pair.chosen, pair.rejected, weight=trusted_weight))
+    seen = {pair.chosen.query for pair in preferences.pairs[Split.TRAIN]}
+    held_out = preferences.queries[Split.HELD_OUT]
+    preferences.queries[Split.HELD_OUT] = [query for query in held_out if query not in seen] or held_out
     return preferences
 
 
 def usable(
     records: Iterable[Mapping[str, Any]], chat: ChatFormat, *, max_prompt_tokens: int, max_answer_tokens: int
 ) -> list[tuple[Mapping[str, Any], Pair]]:
-    """The votes that rank, on answers that are not too long, each with its tokens."""
+    """The votes that rank, on answers that are not too long and messages that the chat template takes, each with its
+    tokens."""
     found = []
     for record in records:
         if record["choice"] == "both_bad":
             continue
-        pair = _pair(chat, record["prompt"], record["chosen"][0]["content"], record["rejected"][0]["content"])
+        try:
+            pair = _pair(chat, record["prompt"], record["chosen"][0]["content"], record["rejected"][0]["content"])
+        except BadMessages:
+            continue
         if _fits(pair, max_prompt_tokens, max_answer_tokens):
             shown = -1.0 if record["choice"] == "b" else 1.0
             tie, active = record["choice"] == "tie", record["kind"] == ComparisonKind.ACTIVE

@@ -225,7 +225,8 @@ def train(
     accelerator: Accelerator,
     on_step: OnStep = lambda step, figures: None,
 ) -> RewardModel:
-    """Fit a new reward model to the pairs.
+    """Fit a new reward model to the pairs. A pair counts by its weight beside the mean weight of all, in whatever batch
+    it comes; one of weight 0 stays out.
 
     Args:
         on_step: called in every process after each optimizer step; what it raises ends the training.
@@ -233,11 +234,15 @@ def train(
     Raises:
         CannotLearn: no decisive pair, or numbers that are not finite.
     """
+    pairs = [pair for pair in pairs if pair.weight]
     if all(pair.tie for pair in pairs):
         raise CannotLearn("no vote prefers one answer to another: collect votes before training")
+    mean_weight = sum(pair.weight for pair in pairs) / len(pairs)
     model = RewardModel(backbone, adapter, heads=config.heads, seed=config.seed)
     if any(pair.tie for pair in pairs):
-        nn.init.zeros_(model.log_nu)
+        # Adam moves it by about the learning rate a step, so it begins where two equal answers would tie so often.
+        tied = sum(pair.weight for pair in pairs if pair.tie) / (mean_weight * len(pairs))
+        nn.init.constant_(model.log_nu, math.log(2 * tied / (1 - tied)))
     else:
         model.log_nu.requires_grad_(False)
     model.side.requires_grad_(config.side_term)
@@ -253,28 +258,29 @@ def train(
     step = 0
     for _ in range(config.epochs):
         for batch in batches_by_length(pairs, config.batch, generator):
-            weight = sum(pair.weight for pair in batch)
             mine = share(batch, accelerator)
-            sums = torch.zeros(2, dtype=torch.float64)  # loss, accuracy
+            sums = torch.zeros(2, dtype=torch.float64)  # loss, weight of those in the right order
             for group in by_length([len(pair) for pair in mine], config.microbatch_tokens):
-                sums += _backward([mine[i] for i in group], model, config, weight)
+                # Divided by the batch's own weight, one of a single rater's long chats would count in full.
+                sums += _backward([mine[i] for i in group], model, config, mean_weight * len(batch))
             (norm,) = optimizer.step()
-            loss, accuracy = (total(s, accelerator) for s in sums)
+            loss, right = (total(s, accelerator) for s in sums)
+            accuracy = right / sum(pair.weight for pair in batch)
             side = float(model.first_bonus.detach())
             on_step(step, {"loss": loss, "accuracy": accuracy, "grad_norm": norm, "first_bonus": side})
             step += 1
     return model
 
 
-def _backward(pairs: Sequence[Pair], model: RewardModel, config: RewardConfig, total_weight: float) -> Tensor:
-    """Add a microbatch's gradients; return its part of the batch's loss and accuracy."""
+def _backward(pairs: Sequence[Pair], model: RewardModel, config: RewardConfig, divisor: float) -> Tensor:
+    """Add a microbatch's gradients; return its part of the batch's loss, and the weight of those in the right order."""
     chosen, rejected = model.pair_rewards(pairs)  # (B, K) each
     tie = torch.tensor([pair.tie for pair in pairs], device=chosen.device)
-    weights = torch.tensor([pair.weight for pair in pairs], device=chosen.device, dtype=chosen.dtype) / total_weight
+    weights = torch.tensor([pair.weight for pair in pairs], device=chosen.device, dtype=chosen.dtype)
     shown = torch.tensor([pair.shown for pair in pairs], device=chosen.device, dtype=chosen.dtype)
     liked = chosen - rejected + (shown * model.first_bonus)[:, None]
     losses = davidson_loss(liked, tie[:, None], model.log_nu) + config.centring * (chosen + rejected).square()
-    loss = (losses.mean(dim=1) * weights).sum()
+    loss = (losses.mean(dim=1) * weights).sum() / divisor
     loss.backward()
     right = torch.where(tie, 0.5, ((chosen - rejected).mean(dim=1) > 0).to(weights.dtype))
     return torch.stack([loss.detach(), (right * weights).sum().detach()]).double().cpu()
@@ -292,7 +298,7 @@ def batches_by_length(pairs: Sequence[Pair], size: int, generator: torch.Generat
 
 def report(model: RewardModel, held_out: Sequence[Pair], training: Sequence[Pair]) -> RewardReport:
     """Measure the model on pairs that were drawn by chance and that it has not seen, beside a baseline that sees the
-    lengths alone.
+    lengths alone, fitted to the `training` pairs.
 
     Raises:
         CannotLearn: no such pair is decisive.

@@ -108,14 +108,14 @@ class Scorer:
     def score(self, messages: list[dict[str, Any]], answers: list[str]) -> list[list[float]]:
         """What each head says of each answer, in standard deviations of the base model's answers. Needs a reward model.
         Raises CannotScore."""
-        from jinja2 import TemplateError
+        from trainer.encoding import BadMessages
 
         model = self._model
         assert model is not None
         try:
             encoded = [self._chat.answer(messages, text) for text in answers]
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
-            raise CannotScore(f"the chat template does not take these messages: {error}") from error
+        except BadMessages as error:
+            raise CannotScore(str(error)) from error
         training = self._settings.training
         if len(encoded[0].query) > training.max_prompt_tokens:
             raise CannotScore(f"the prompt is longer than training.max_prompt_tokens ({training.max_prompt_tokens})")

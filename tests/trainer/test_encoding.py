@@ -1,12 +1,25 @@
 import pytest
 import torch
 
-from trainer.encoding import Answer, ChatFormat, by_length, collate
+from trainer.encoding import Answer, BadMessages, ChatFormat, by_length, collate
 
 
 def test_a_query_ends_where_the_assistant_speaks(chat: ChatFormat) -> None:
     query = chat.query([{"role": "user", "content": "hello"}])
     assert chat.tokenizer.decode(query) == "<user>hello<assistant>"
+
+
+def test_content_in_parts_and_no_content_are_what_vllm_makes_of_them(chat: ChatFormat) -> None:
+    parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "there"}]
+    for content, text in ((parts, "hello\nthere"), ([], ""), (None, "")):
+        query = chat.query([{"role": "user", "content": content}])
+        assert query == chat.query([{"role": "user", "content": text}])
+
+
+def test_messages_that_the_template_refuses_are_told_from_other_faults(chat: ChatFormat) -> None:
+    chat.tokenizer.chat_template = "{{ raise_exception('no system message, please') }}"
+    with pytest.raises(BadMessages, match="no system message, please"):
+        chat.query([{"role": "system", "content": "hello"}])
 
 
 def test_an_answer_is_closed_by_the_end_token_of_the_template(chat: ChatFormat) -> None:

@@ -141,6 +141,23 @@ def test_a_run_turns_votes_into_a_candidate(settings: Settings, db: Database, vo
     assert list(last)[-1] == "publishing"
 
 
+def test_the_judge_begins_with_nothing_of_the_reward_model(
+    settings: Settings, db: Database, voted: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Or PPO would learn what pleases both by chance."""
+    fresh: dict[str, torch.Tensor] = {}
+    begin = RewardModel.__init__
+
+    def seen(self: RewardModel, backbone: Backbone, adapter: str, **more: Any) -> None:
+        begin(self, backbone, adapter, **more)
+        fresh[adapter] = self.head.weight.detach().clone()
+
+    monkeypatch.setattr(RewardModel, "__init__", seen)
+    job.once(settings, request={"seed": 7})
+    alike = torch.corrcoef(torch.stack([fresh["reward"].flatten(), fresh["judge"].flatten()]))[0, 1]
+    assert abs(alike) < 0.5
+
+
 def test_votes_that_length_alone_explains_are_turned_away_at_the_gate(
     settings: Settings, db: Database, voted: None
 ) -> None:
@@ -407,15 +424,9 @@ def test_the_end_of_a_run_can_be_written_on_a_full_disk(
     assert room[1:] == [0]
 
 
-@pytest.mark.parametrize(
-    ("training", "sentence"),
-    [
-        ({"rollouts": "engine"}, "No running vLLM is known: start `nightshift up`.*training.rollouts"),
-    ],
-    ids=["a rank", "no engine"],
-)
-def test_settings_that_cannot_work(settings: Settings, db: Database, training: dict[str, Any], sentence: str) -> None:
-    failed(changed(settings, **training), db, sentence)
+def test_rollouts_by_an_engine_that_is_not_there(settings: Settings, db: Database) -> None:
+    told = "No running vLLM is known: start `nightshift up`.*training.rollouts"
+    failed(changed(settings, rollouts="engine"), db, told)
 
 
 def test_another_model_than_the_votes_are_for(settings: Settings, db: Database, tmp_path: Path) -> None:

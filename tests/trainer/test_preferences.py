@@ -65,6 +65,32 @@ def test_prompts_are_listed_once(chat: ChatFormat) -> None:
     assert sum(len(queries) for queries in prepared(chat, same).queries.values()) == 1
 
 
+def test_held_out_prompts_are_those_that_nobody_trained_on(chat: ChatFormat) -> None:
+    records = [record(i % 60, talk=f"talk {i}") for i in range(150)]
+    queries = prepared(chat, records).queries
+    assert queries[Split.HELD_OUT]
+    assert not set(queries[Split.HELD_OUT]) & set(queries[Split.TRAIN])
+    held_out = next(i for i in range(99) if split_of("key_1", f"talk {i}") is Split.HELD_OUT)
+    known = TrustedPair("pair_1", record(held_out)["prompt"], "yes", "no")
+    other = next(i for i in range(held_out + 1, 99) if split_of("key_1", f"talk {i}") is Split.HELD_OUT)
+    queries = prepared(chat, [record(held_out), record(other)], trusted=[known]).queries
+    assert queries[Split.HELD_OUT] == [chat.query(record(other)["prompt"])]
+
+
+def test_where_everybody_asks_the_same_it_is_held_out_all_the_same(chat: ChatFormat) -> None:
+    same = [record(1, talk=f"talk {i}") for i in range(50)]
+    assert len(prepared(chat, same).queries[Split.HELD_OUT]) == 1
+
+
+def test_a_vote_that_the_template_cannot_read_is_left_out(chat: ChatFormat) -> None:
+    chat.tokenizer.chat_template = (
+        "{% if messages[0]['role'] == 'system' %}{{ raise_exception('no system message') }}{% endif %}"
+        + "{{ messages[0]['content'] }}"
+    )
+    refused = record(1) | {"prompt": [{"role": "system", "content": "hello"}]}
+    assert [vote.vote for vote in prepared(chat, [refused, record(2)]).votes] == ["vote_2"]
+
+
 def test_what_is_too_long_is_left_out(chat: ChatFormat) -> None:
     long = record(1) | {"chosen": [{"role": "assistant", "content": "good " * 100}]}
     assert prepared(chat, [long, record(2)]).votes[0].vote == "vote_2"

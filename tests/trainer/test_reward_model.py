@@ -163,6 +163,50 @@ def test_ties_teach_how_often_people_see_no_difference(tiny_backbone: MakeBackbo
     assert model.log_nu.exp().item() == pytest.approx(3, rel=0.1)
 
 
+@pytest.mark.parametrize("share", [0.02, 0.7])
+def test_a_night_is_enough_to_learn_how_often_people_see_no_difference(
+    tiny_backbone: MakeBackbone, share: float
+) -> None:
+    (pair,) = make_pairs(1)
+    tie = Pair(pair.chosen, pair.chosen, tie=True)
+    ties = round(200 * share)
+    pairs = [Pair(pair.chosen, pair.chosen)] * (200 - ties) + [tie] * ties
+    model = reward_model.train(tiny_backbone(), "reward", pairs, RewardConfig(), accelerator=Accelerator())
+    nu = model.log_nu.exp().item()
+    assert nu / (2 + nu) == pytest.approx(share, rel=0.15)
+
+
+def test_a_weight_is_the_same_in_whatever_batch_it_comes(tiny_backbone: MakeBackbone) -> None:
+    """Batches are sorted by length, so that long pairs of little weight fill one by themselves."""
+    short, long = make_pairs(8), make_pairs(8, query=30, seed=1)
+
+    def first_step(weight: float, seed: int) -> dict[str, float]:
+        seen: list[dict[str, float]] = []
+        reward_model.train(
+            tiny_backbone(), "reward", [*short, *(replace(pair, weight=weight) for pair in long)],
+            RewardConfig(seed=seed), accelerator=Accelerator(), on_step=lambda _, figures: seen.append(figures),
+        )  # fmt: skip
+        return seen[0]
+
+    ratios = set()
+    for seed in range(6):
+        light, even = first_step(0.25, seed), first_step(1.0, seed)
+        assert light["accuracy"] == even["accuracy"]
+        ratios.add(round(light["grad_norm"] / even["grad_norm"], 6))
+    assert ratios == {1.6, 0.4}, "1 and 0.25 beside the mean of 0.625"
+
+
+def test_votes_of_no_weight_are_not_there(tiny_backbone: MakeBackbone) -> None:
+    pairs = make_pairs(16)
+    nothing = [replace(pair, weight=0.0) for pair in make_pairs(64, seed=1, query=30)]
+    config = RewardConfig(heads=1)
+    with_them = reward_model.train(tiny_backbone(), "reward", pairs + nothing, config, accelerator=Accelerator())
+    without = reward_model.train(tiny_backbone(), "reward", pairs, config, accelerator=Accelerator())
+    assert torch.equal(with_them.head.weight, without.head.weight)
+    with pytest.raises(CannotLearn, match="no vote prefers"):
+        reward_model.train(tiny_backbone(), "reward", nothing, config, accelerator=Accelerator())
+
+
 def test_what_a_place_is_worth_is_learned_and_is_no_part_of_a_score(tiny_backbone: MakeBackbone) -> None:
     """Answers that are all alike, of which the first is taken e^1.5 : 1 of the time."""
     (pair,) = make_pairs(1)

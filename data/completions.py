@@ -9,7 +9,7 @@ from typing import Any
 from sqlite_utils import Database
 
 from data import audit
-from data.ids import first_id
+from data.ids import first_id, new_id
 from data.types import Completion, timestamp
 
 
@@ -105,13 +105,16 @@ def outcomes(
 
 
 def forget_user(db: Database, user: str, *, actor: str) -> int:
-    """Erase what `user` (a key's id, or `key/end user`) wrote and was answered, the comments on its pairs, and the
-    conversations that the chat page keeps for it.
+    """Erase what `user` (a key's id, or `key/end user`) wrote and was answered, the comments on its pairs, the name of
+    an end user, and the conversations that the chat page keeps for it. An answer that is still being written is put on
+    record when it ends: forget again after it.
 
-    The rows stay, empty, so that the lineage of a policy still adds up; an empty conversation never trains and is
-    never exported. A key's id takes its end users along. Returns how many answers, comments and conversations were
-    emptied. Call inside a transaction, and `database.empty_wal` after it."""
-    given = {"user": user, "key": user.partition("/")[0], "now": timestamp()}
+    The rows stay, empty and under another name, so that the lineage of a policy still adds up; an empty conversation
+    never trains and is never exported. A key's id takes its end users along. Returns how many answers, comments and
+    conversations were emptied. Call inside a transaction, and `database.empty_wal` after it."""
+    key, _, end_user = user.partition("/")
+    unknown = f"{key}/{new_id('forgotten')}"
+    given = {"user": user, "key": key, "now": timestamp(), "unknown": unknown}
     whole_key = ":user = :key OR user = :user"  # only a key's own id stands for everybody under it
     mine = f"key_id = :key AND ({whole_key})"
     pairs = f"SELECT id FROM comparisons WHERE a IN (SELECT id FROM completions WHERE {mine})"
@@ -120,17 +123,24 @@ def forget_user(db: Database, user: str, *, actor: str) -> int:
         f"UPDATE vote_history SET comment = NULL WHERE comment IS NOT NULL"
         f" AND vote_id IN (SELECT id FROM votes WHERE {about})",
         f"UPDATE votes SET comment = NULL WHERE comment IS NOT NULL AND ({about})",
-        f"UPDATE completions SET messages = '[]', answer = '', tool_calls = NULL, sampling = '{{}}'"
-        f" WHERE {mine} AND messages <> '[]'",
+        # The digest of a conversation is of the user and the first message: a guess could be checked by it.
+        f"UPDATE completions SET messages = '[]', answer = '', tool_calls = NULL, sampling = '{{}}', conversation = id,"
+        f" user = iif(user = :key, user, :unknown) WHERE {mine} AND messages <> '[]'",
         # The pages' own list of conversations belongs to the key, not to an end user of it.
         "DELETE FROM conversations WHERE key_id = :user",
         "UPDATE gold_questions SET comment = NULL WHERE comment IS NOT NULL AND key_id = :user",
     ]
-    db.execute(f"UPDATE comparisons SET expires_at = min(expires_at, :now), waits = 0 WHERE id IN ({pairs})", given)
+    # Before the completions lose their user, by whom the pairs are found.
+    db.execute(f"UPDATE holds SET until = min(until, :now) WHERE comparison_id IN ({pairs})", given)
+    db.execute(
+        "UPDATE comparisons SET expires_at = min(expires_at, :now), waits = 0, user = iif(user = :key, user, :unknown)"
+        f" WHERE id IN ({pairs})",
+        given,
+    )
     emptied = 0
     for change in changes:
         db.execute(change, given)
         emptied += db.execute("SELECT changes()").fetchone()[0]
     if emptied:
-        audit.record(db, actor=actor, action="user.forget", subject=user)
+        audit.record(db, actor=actor, action="user.forget", subject=unknown if end_user else user)
     return emptied

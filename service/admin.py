@@ -94,7 +94,8 @@ async def export_preferences(request: Request, operator: Operator) -> StreamingR
 
 @router.delete("/v1/users/{id:path}")
 async def forget_user(id: str, request: Request, operator: Operator) -> dict[str, Any]:
-    """Erase what a user (a key's id, or `key/end user`) wrote and was answered."""
+    """Erase what a user (a key's id, or `key/end user`) wrote and was answered. An answer that is still being written
+    is put on record when it ends: ask again after it."""
     state = state_of(request)
     emptied = await state.write(lambda db: completions.forget_user(db, id, actor=operator.id))
 

@@ -1,6 +1,7 @@
 """What the operator's board shows: everything that may change while somebody looks at it, in one answer."""
 
 import asyncio
+import math
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import asdict
@@ -31,15 +32,17 @@ ACTS = 50
 RATERS = 50
 CURVE_POINTS = 300
 REWARD_MODELS = 30
+TRAINED_ON = 0.7
+"""Of the votes that prefer an answer, the share that a reward model is fitted to (`trainer.preferences.split_of`)."""
 CLOCK = "clock"
 """The lease of whoever starts the runs."""
 
 
 @router.get("/v1/board")
 async def get_board(request: Request, operator: Operator) -> Response:
-    """Votes and what they are worth, who cast them and whose are left out, the latest runs, all policies, the latest
-    duel with its curve, schedules, swaps and the audit log; which engines answer, and whether somebody starts the
-    runs."""
+    """Votes and what they are worth, and about how many that prefer an answer a run needs; who cast them and whose are
+    left out, the latest runs, all policies, the latest duel with its curve, schedules, swaps and the audit log; which
+    engines answer, and whether somebody starts the runs."""
     state = state_of(request)
     engines = [
         {"url": e.url, "ready": e.ready, "problem": None if e.ready else e.logged or e.problem}
@@ -87,7 +90,7 @@ def _board(db: Database, settings: Settings) -> dict[str, Any]:
             "days": stats.votes_by_day(db, days=DAYS),
             "choices": choices,
             "since_last_run": stats.votes_since_last_run(db),
-            "needed": settings.training.min_votes,
+            "needed": math.ceil(settings.training.min_votes / TRAINED_ON),
         },
         "agreement": stats.agreement(db),
         "gold": stats.gold_answers(db),

@@ -178,6 +178,12 @@ _Text = Annotated[str, Field(max_length=2**24)]
 """`server.max_body_bytes` is the limit that is met first; a bound here makes pydantic refuse half surrogates."""
 
 
+class _Cast(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    choice: Choice
+    policies: dict[Literal["a", "b"], _Text]
+
+
 class _Pair(BaseModel):
     model_config = ConfigDict(extra="forbid")
     id: _Text
@@ -186,6 +192,8 @@ class _Pair(BaseModel):
     choice: Choice | Literal["skip"] | None
     policies: dict[Literal["a", "b"], _Text] | None
     voted_at: _Text | None = None
+    cast: _Cast | None = None
+    """The vote on record, while `choice` may be on its way."""
 
 
 class _Turn(BaseModel):

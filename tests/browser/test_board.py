@@ -29,7 +29,7 @@ async def test_an_empty_board_says_what_to_do_next(house: House, open_page: Open
     page = await open_page(house, "/board", role=Role.OPERATOR)
     await expect(page.get_by_role("heading", name="Is it learning?")).to_be_visible()
     await expect(page.get_by_text("Not yet: nobody has voted.")).to_be_visible()
-    await expect(part(page, "Training run")).to_contain_text("it needs 100 votes to learn from, and there are 0")
+    await expect(part(page, "Training run")).to_contain_text("a run needs about 143 votes that prefer an answer")
     await expect(part(page, "Trial")).to_contain_text("goes on trial by itself")
     await expect(part(page, "Votes a day")).to_contain_text("comparisons.rate says how often")
     await expect(part(page, "Reward models")).to_contain_text("Each run fits one")
@@ -89,7 +89,7 @@ async def test_the_first_line_knows_of_the_first_run(
 ) -> None:
     await house.vote(add_pair(house.keys[Role.USER].id), "a")
     page = await open_page(house, "/board", role=Role.OPERATOR)
-    await expect(page.get_by_text("Not yet: 1 vote, and a run needs 100 to learn from.")).to_be_visible()
+    await expect(page.get_by_text("Not yet: a run needs about 143 votes that prefer an answer")).to_be_visible()
     with transaction(db):
         runs.request(db, requested_by="cli", config={})
     await expect(page.get_by_text("Not yet: 1 vote, and a run is queued.")).to_be_visible()

@@ -5,8 +5,9 @@ import json
 
 import pytest
 from playwright.async_api import Page, Route, expect
+from sqlite_utils import Database
 
-from data.types import Role
+from data.types import Role, timestamp
 from tests.browser.conftest import PHONE, OpenPage
 from tests.conftest import FakeEngine, House, Refusal, Reply, eventually, say
 
@@ -302,6 +303,35 @@ async def test_a_vote_that_was_not_changed_after_all_holds(
     await expect(page.get_by_role("article", name="Answer").locator(".prose").first).to_have_text(second)
     assert asked.chats[-1].body["messages"][1]["content"] == second
     assert [row["choice"] for row in await house.rows("votes")] == ["b"]
+
+
+async def test_a_vote_that_came_too_late_was_not_said(
+    house: House, asked: FakeEngine, open_page: OpenPage, db: Database
+) -> None:
+    """The page shows, keeps and goes on with what is on record: the first vote, or none."""
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await page.get_by_role("button", name="First is better").click()
+    await expect(page.get_by_text("Both were written by")).to_be_visible()
+    first = await page.get_by_role("article", name="Answer").locator(".prose").first.inner_text()
+    await page.get_by_role("button", name="Change your vote").click()
+    db.execute("UPDATE votes SET created_at = ?", (timestamp(plus_s=-3600),))
+    await page.keyboard.press("ArrowRight")
+    await expect(page.get_by_text("A vote could not be cast.")).to_be_visible()
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the first answer")
+    await expect(page.get_by_text("Both were written by")).to_be_visible()
+    await page.reload()
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the first answer")
+
+    await ask(page, "And then?")
+    await expect(page.get_by_role("button", name="Second is better")).to_be_enabled()
+    assert asked.chats[-1].body["messages"][1]["content"] == first
+    db.execute("UPDATE comparisons SET expires_at = ?", (timestamp(plus_s=-1),))
+    await page.get_by_role("button", name="Second is better").click()
+    await expect(page.get_by_text("A vote could not be cast.")).to_be_visible()
+    await expect(page.locator(".verdict").last).to_contain_text("You skipped this one")
+    assert [row["choice"] for row in await house.rows("votes")] == ["a"]
 
 
 async def test_a_pair_waits_for_its_vote_over_a_reload(house: House, asked: FakeEngine, open_page: OpenPage) -> None:

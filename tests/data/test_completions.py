@@ -104,6 +104,33 @@ def test_a_forgotten_user_s_words_are_nowhere_in_the_record(
     assert "SECRET" not in everything()
 
 
+def test_a_forgotten_end_user_s_name_is_nowhere_in_the_record(
+    db: Database, add_pair: AddPair, make_key: MakeKey, everything: Any
+) -> None:
+    key = make_key()[0].id
+    question = [{"role": "user", "content": "I am Ada"}]
+    for name in ("Ada", "Bob"):
+        add_pair(key, user=f"{key}/{name}", messages=question)
+    guess = completions.conversation_of(f"{key}/Ada", question)
+    assert guess in everything()
+    forget(db, f"{key}/Ada")
+    assert "Ada" not in everything().replace("I am Ada", "", 2), "Bob's two answers still begin with it"
+    assert guess not in everything()
+    assert completions.conversation_of(f"{key}/Bob", question) in everything()
+    forget(db, key)
+    assert not any(word in everything() for word in ("Ada", "Bob"))
+
+
+def test_a_rater_s_hold_on_a_forgotten_pair_ends(db: Database, add_pair: AddPair, make_key: MakeKey) -> None:
+    mine, rater = make_key()[0].id, make_key(Role.RATER)[0].id
+    comparison = add_pair(mine)
+    with transaction(db):
+        comparisons.next_for_rater(db, key_id=rater, lease_s=60.0)
+    forget(db, mine)
+    with pytest.raises(comparisons.ComparisonExpired):
+        vote(db, comparison, rater, "a", "quotes SECRET", Role.RATER)
+
+
 def test_a_forgotten_user_s_words_are_in_no_file_of_the_record(
     db: Database, settings: Settings, add_pair: AddPair, make_key: MakeKey
 ) -> None:

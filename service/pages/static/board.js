@@ -189,9 +189,15 @@ function verdict() {
   if (latest?.parent) return `Not yet: ${now?.name ?? "nothing"} serves. ${latest.problem ?? `${latest.name} is ${latest.status.replace("_", " ")}.`}`;
   const run = activeRun();
   if (run) return `Not yet: ${plural(total(), "vote")}, and ${run.status === "queued" ? "a run is queued" : "a run is under way"}.`;
-  const missing = board.votes.needed - total();
-  if (missing > 0) return `Not yet: ${plural(total(), "vote")}, and a run needs ${board.votes.needed} to learn from.`;
+  if (tooFew()) return `Not yet: ${tooFew()}`;
   return board.runs.some((run) => run.status === "succeeded") ? "Not yet: no run has made a policy that serves." : `Not yet: ${plural(total(), "vote")} wait for a first run. Train now, or add a schedule.`;
+}
+
+/** Why a run would find nothing to learn from; "" where it would. */
+function tooFew() {
+  const { needed, choices } = board.votes;
+  const decisive = (choices.a ?? 0) + (choices.b ?? 0);
+  return decisive < needed ? `a run needs about ${needed.toLocaleString("en")} votes that prefer an answer, and there are ${decisive.toLocaleString("en")}.` : "";
 }
 
 const sentence = (text) => `${text[0].toUpperCase()}${text.slice(1)}${/[.!?]$/.test(text) ? "" : "."}`;
@@ -239,7 +245,7 @@ function showRun() {
   const running = activeRun();
   paint("run-acts", [running], () => running && button("Cancel the run", () => cancelRun(running), { class: "danger", "data-key": "cancel", disabled: Boolean(running.cancel_requested_at) }));
   if (!run) {
-    paint("run", 0, () => el("p", { class: "hint" }, total() < board.votes.needed ? `No run yet: it needs ${plural(board.votes.needed, "vote")} to learn from, and there are ${total().toLocaleString("en")}. Let people chat first; a schedule can wait for their votes.` : "No run yet. Train now, or add a schedule below."));
+    paint("run", 0, () => el("p", { class: "hint" }, tooFew() ? `No run yet: ${tooFew()} Let people chat first; a schedule can wait for their votes.` : "No run yet. Train now, or add a schedule below."));
     return;
   }
   live.watch(run, board);

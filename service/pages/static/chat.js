@@ -298,7 +298,8 @@ async function choose(turn, choice, comment) {
 }
 
 function changeVote(turn) {
-  changing = turn;
+  if (canChange(turn.pair)) changing = turn;
+  else notice("vote", "It is too late to change this vote.");
   drawTalk();
 }
 
@@ -306,16 +307,38 @@ function onVoteSent(vote, answer) {
   notice("vote");
   const index = talk.turns.findIndex((one) => one.pair?.id === vote.comparison);
   const turn = talk.turns[index];
-  if (!turn || turn.pair.choice !== vote.choice) return;
-  turn.pair.policies = answer.policies;
+  if (!turn) return;
+  turn.pair.cast = { choice: vote.choice, policies: answer.policies };
   turn.pair.voted_at = answer.created_at;
-  turn.policy = answer.policies[vote.choice === "b" ? "b" : "a"];
+  if (turn.pair.choice === vote.choice) showCast(turn);
   save(talk);
-  if (turn === changing) return;
-  // This turn alone: elsewhere on the page an answer may be growing, or a message be edited.
+  if (turn !== changing && turn.pair.choice === vote.choice) drawAgain(index);
+}
+
+/** This turn alone: elsewhere on the page an answer may be growing, or a message be edited. */
+function drawAgain(index) {
   const bodies = [];
-  log.children[index].replaceWith(drawTurn(turn, index, bodies));
+  log.children[index].replaceWith(drawTurn(talk.turns[index], index, bodies));
   showAll(bodies);
+}
+
+/** Who wrote which is told of the vote that is on record. */
+function showCast(turn) {
+  const { choice, policies } = turn.pair.cast;
+  turn.pair.policies = policies;
+  turn.policy = policies[choice === "b" ? "b" : "a"];
+}
+
+/** What can never be cast was not said: the vote on record stands, or none. */
+function onVoteRefused(vote, error) {
+  notice("vote", `A vote could not be cast. ${error.message}`);
+  const index = talk.turns.findIndex((one) => one.pair?.id === vote.comparison);
+  const turn = talk.turns[index];
+  if (!turn || turn.pair.choice !== vote.choice) return;
+  settle(turn, turn.pair.cast?.choice ?? "skip");
+  if (turn.pair.cast) showCast(turn);
+  save(talk);
+  if (turn !== changing) drawAgain(index);
 }
 
 // Keeping
@@ -434,7 +457,7 @@ if (session) {
   outbox = new Outbox(session.key, {
     onSent: onVoteSent,
     onKept: (error) => notice("vote", `Your vote is kept in this browser and will be sent again. ${error.message}`),
-    onRefused: (vote, error) => notice("vote", `A vote could not be cast. ${error.message}`),
+    onRefused: onVoteRefused,
   });
   find("composer").addEventListener("submit", (event) => {
     event.preventDefault();

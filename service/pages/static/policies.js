@@ -95,7 +95,9 @@ export function duelSentence(duel) {
   const decisive = duel.wins + duel.losses;
   const figures = decisive
     ? `${duel.challenger} was preferred in ${percent(duel.wins / decisive)} of ${plural(decisive, "decisive vote")} (${percent(duel.rate_low)} to ${percent(duel.rate_high)}), with ${plural(duel.ties, "tie")}; E is ${short(duel.e_value)} of ${short(duel.threshold)}.`
-    : `Nobody has voted on ${duel.challenger} yet.`;
+    : duel.ties
+      ? `no vote prefers ${duel.challenger} or ${duel.incumbent}, and ${plural(duel.ties, "is a tie", "are ties")}.`
+      : `Nobody has voted on ${duel.challenger} yet.`;
   const name = duel.kind === "trial" ? "Trial" : "Watch";
   const end = {
     running: "It goes on.",

@@ -163,16 +163,19 @@ def flip(db: Database, swap: Swap) -> str | None:
     db.execute(
         "UPDATE swaps SET flipped_at = ?, replaced = ?, problem = NULL WHERE id = ?", (timestamp(), replaced, swap.id)
     )
+    again = "It was asked for once more, and serves by that."
+    db.execute("UPDATE swaps SET problem = ? WHERE policy = ? AND flipped_at IS NULL", (again, swap.policy))
     if replaced is None:
         return None
     _overtake(db, f"{swap.policy} was promoted after it", but_trained_after=swap.policy)
     return replaced
 
 
-def _overtake(db: Database, reason: str, *, but_trained_after: str = "") -> None:
-    """Retire what is to serve and does not yet; not what the trainer alone promoted, where it is newer than that."""
+def _overtake(db: Database, reason: str, *, but_trained_after: str | None = None) -> None:
+    """Retire what is to serve and does not yet; but what the trainer alone promoted only where it is no newer than
+    `but_trained_after`."""
     for name, requested in db.execute(f"SELECT name, requested {_PENDING}").fetchall():
-        if requested is not None or name < but_trained_after:
+        if requested is not None or but_trained_after is None or name < but_trained_after:
             registry.set_status(db, name, PolicyStatus.RETIRED, problem=reason)
             db.execute("UPDATE swaps SET problem = ? WHERE policy = ? AND flipped_at IS NULL", (reason, name))
 

@@ -153,8 +153,7 @@ def _draws(state: State, body: ChatRequest) -> int:
 async def _answer_plain(call: Call) -> bytes:
     answer = generation.begin(call, call.serving)
     try:
-        async with generation.time_limit(call):
-            await generation.complete(call, answer)
+        await generation.complete(call, answer)
     finally:
         generation.log(call, answer)
     return _body(call, answer)
@@ -179,8 +178,7 @@ async def _stream_plain(call: Call, send: sse.SendBytes) -> None:
     answer = generation.begin(call, call.serving)
     rewrite = sse.Rewriter(id=answer.id, model=call.state.settings.chat.model_name, fingerprint=answer.policy)
     try:
-        async with generation.time_limit(call):
-            await generation.forward(call, answer, rewrite, send)
+        await generation.forward(call, answer, rewrite, send)
         await send(_end(call, answer, rewrite.created), last=True)
     finally:
         generation.log(call, answer)
@@ -199,11 +197,8 @@ async def _answer_best(call: Call) -> bytes:
     drawn = _begin_draws(call)
     given = drawn[0]
     try:
-        async with generation.time_limit(call):
-            results = await asyncio.gather(
-                *(generation.complete(call, answer) for answer in drawn), return_exceptions=True
-            )
-            given = await _best(call, drawn)
+        results = await asyncio.gather(*(generation.complete(call, answer) for answer in drawn), return_exceptions=True)
+        given = await _best(call, drawn)
         _raise_faults(results)
         if given.whole is None:
             raise next(result for result in results if isinstance(result, ApiError))
@@ -275,13 +270,10 @@ async def _answer_pair(call: Call) -> bytes:
     pair = _begin_pair(call)
     unseen = _begin_unseen(call)
     try:
-        async with generation.time_limit(call):
-            drawn = [*pair, *unseen]
-            results = await asyncio.gather(
-                *(generation.complete(call, answer) for answer in drawn), return_exceptions=True
-            )
-            _raise_faults(results)
-            kind = await _settle(call, pair, unseen)
+        drawn = [*pair, *unseen]
+        results = await asyncio.gather(*(generation.complete(call, answer) for answer in drawn), return_exceptions=True)
+        _raise_faults(results)
+        kind = await _settle(call, pair, unseen)
         whole = [(answer, answer.whole) for answer in pair if answer.whole]
         if not whole:
             raise next(result for result in results if isinstance(result, ApiError))
@@ -426,10 +418,9 @@ def _raise_faults(results: Sequence[object]) -> None:
 
 @asynccontextmanager
 async def _reading(call: Call, readers: list[asyncio.Task[None]], on_record: list[Answer]) -> AsyncIterator[None]:
-    """Within the time limit; should anything go wrong inside, stop the readers and log the answers of `on_record`."""
+    """Should anything go wrong inside, stop the readers and log the answers of `on_record`."""
     try:
-        async with generation.time_limit(call):
-            yield
+        yield
     except BaseException:
         for reader in readers:
             reader.cancel()

@@ -114,9 +114,9 @@ def begin(call: Call, policy: str, *, priority: int = 0, **more_sampling: Any) -
 
 
 async def complete(call: Call, answer: Answer) -> None:
-    """Read the engine's whole answer to one request that does not stream."""
+    """Read the engine's whole answer to one request that does not stream, within the time limit."""
     try:
-        async with call.state.engines.chat(answer.policy, answer.request) as upstream:
+        async with _time_limit(call), call.state.engines.chat(answer.policy, answer.request) as upstream:
             whole = EngineAnswer.model_validate_json(await upstream.read())
     except ValidationError as error:
         answer.status = CompletionStatus.FAILED
@@ -141,10 +141,10 @@ async def complete(call: Call, answer: Answer) -> None:
 
 
 async def forward(call: Call, answer: Answer, rewrite: sse.Rewriter, send: sse.SendBytes) -> None:
-    """Send one upstream stream on, chunk by chunk, up to its end."""
+    """Send one upstream stream on, chunk by chunk, up to its end, within the time limit."""
     answer.read = rewrite.transcripts
     try:
-        async with call.state.engines.chat(answer.policy, answer.request) as upstream:
+        async with _time_limit(call), call.state.engines.chat(answer.policy, answer.request) as upstream:
             async for events in sse.read_events(upstream):
                 chunk = rewrite(events)
                 if chunk:
@@ -164,15 +164,15 @@ async def forward(call: Call, answer: Answer, rewrite: sse.Rewriter, send: sse.S
 
 def _note_failure(answer: Answer, error: ApiError) -> None:
     # A request that vLLM will not have (400), or has no place for (503), must not speak against the policy: clients
-    # bring either about.
+    # bring either about. One that took too long (504) was broken off.
     if error.status_code == 502:
         answer.status = CompletionStatus.FAILED
-    else:
+    elif error.status_code != 504:
         answer.refused = True
 
 
 @asynccontextmanager
-async def time_limit(call: Call) -> AsyncIterator[None]:
+async def _time_limit(call: Call) -> AsyncIterator[None]:
     seconds = call.state.settings.chat.timeout_s
     try:
         async with asyncio.timeout(seconds):

@@ -124,25 +124,26 @@ def jumped(before: tuple[int, int], after: Sequence[tuple[int, int]]) -> bool:
     """Whether something happens more often than it did: (how often, out of how many) before, and after for each
     person.
 
-    Yes, if after at least JUMP_SEEN it is more frequent by at least JUMP_POINTS, and Fisher's exact test (one-sided)
-    gives at most JUMP_P to so many by chance; and if it is more frequent by as much without the person whom it happens
-    to most, so that nobody can bring it about alone where there are others. Nothing is said where there is nothing to
-    compare with."""
-    bad_before, all_before = before
-    bad_after, all_after = total(after)
-    most_bad, most_all = max(after, default=(0, 0))
-    if all_before == 0 or all_after < JUMP_SEEN:
+    Yes, if after at least JUMP_SEEN it is more frequent by at least JUMP_POINTS, and there is at most JUMP_P to so
+    many by chance. Where the person whom it happens to most differs that clearly from the others, these alone count:
+    nobody brings it about alone while others see nothing of it. Nothing is said where there is nothing to compare
+    with."""
+    worst = max(after, default=(0, 0))
+    bad, every = total(after)
+    others = bad - worst[0], every - worst[1]
+    bad, every = others if _chance(others, worst) <= JUMP_P else (bad, every)
+    if before[1] == 0 or every < JUMP_SEEN:
         return False
-    least = bad_before / all_before + JUMP_POINTS
-    others = all_after - most_all
-    if bad_after / all_after < least or (others and (bad_after - most_bad) / others < least):
-        return False
-    bad, everything = bad_before + bad_after, all_before + all_after
-    chance = sum(
-        math.exp(_log_choose(all_after, k) + _log_choose(all_before, bad - k) - _log_choose(everything, bad))
-        for k in range(bad_after, min(all_after, bad) + 1)
+    return bad / every - before[0] / before[1] >= JUMP_POINTS and _chance(before, (bad, every)) <= JUMP_P
+
+
+def _chance(few: tuple[int, int], many: tuple[int, int]) -> float:
+    """Of as many in the second or more, where both are alike (Fisher's exact test, one-sided)."""
+    bad, everything = few[0] + many[0], few[1] + many[1]
+    return sum(
+        math.exp(_log_choose(many[1], k) + _log_choose(few[1], bad - k) - _log_choose(everything, bad))
+        for k in range(many[0], min(many[1], bad) + 1)
     )
-    return chance <= JUMP_P
 
 
 def _log_choose(n: int, k: int) -> float:

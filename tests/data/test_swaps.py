@@ -132,6 +132,7 @@ def test_of_what_was_asked_for_the_last_word_counts(db: Database, add_policy: Ad
     flip(db, one)
     assert registry.get(db, two).status is PolicyStatus.RETIRED
     assert swaps.pending(db) is None
+    assert all(swap.flipped_at or swap.problem for swap in swaps.list_swaps(db)), "none is on its way"
 
 
 def test_what_serves_can_be_told_to_stay(db: Database, add_policy: AddPolicy) -> None:
@@ -151,6 +152,10 @@ def test_what_serves_can_be_told_to_stay(db: Database, add_policy: AddPolicy) ->
         promote(db, one)
     promote(db, two)
     assert swaps.pending(db) == two
+    trained = add_policy(PolicyStatus.PROMOTED)
+    promote(db, one)
+    assert swaps.pending(db) is None, "what the trainer promoted as well"
+    assert registry.get(db, trained).status is PolicyStatus.RETIRED
 
 
 def test_what_serves_or_failed_the_gate_cannot_be_promoted(db: Database, add_policy: AddPolicy) -> None:

@@ -185,23 +185,21 @@ def test_a_jump(before: tuple[int, int], after: tuple[int, int], expected: bool)
     ("after", "expected"),
     [
         ([(30, 40), (0, 200)], False),
-        ([(30, 40), (0, 1)], False),
-        ([(30, 40), (2, 20)], False),
-        ([(30, 40), (3, 20)], True),
-        ([(20, 200), (20, 200)], False),
+        ([(30, 40), (0, 6)], False),
+        ([(500, 500), (0, 1)], True),
+        ([(200, 1000), (0, 5)], True),
+        ([(30, 40), (4, 20)], False),
+        ([(30, 40), (8, 40)], True),
+        ([(30, 40), (5, 10)], True),
+        ([(5, 200), (5, 200)], False),
         ([(30, 40)], True),
         ([], False),
     ],
     ids=[
-        "many see none",
-        "one sees none",
-        "others see few",
-        "others see it",
-        "all see few",
-        "there is but one",
-        "nobody",
+        "many see none", "six see none", "one tells nothing", "five tell little", "others are too few", "others see it",
+        "some see it", "no difference", "there is but one", "nobody",
     ],
-)
+)  # fmt: skip
 def test_nobody_makes_a_jump_alone_where_there_are_others(after: list[tuple[int, int]], expected: bool) -> None:
     assert jumped((3, 200), after) is expected
 

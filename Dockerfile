@@ -39,7 +39,7 @@ WORKDIR /app
 VOLUME /state
 EXPOSE 8000
 HEALTHCHECK --interval=10s --timeout=5s --start-period=180s --retries=3 \
-    CMD ["python", "-c", "from urllib.request import urlopen; from data.settings import load_settings; urlopen(load_settings().server.url + '/readyz', timeout=4)"]
+    CMD ["python", "-c", "from data.http import open_directly; from data.settings import load_settings; open_directly(load_settings().server.url + '/readyz', timeout=4)"]
 STOPSIGNAL SIGINT
 # Keys are made with `docker compose exec nightshift nightshift keys create`: none belongs in a log.
 CMD ["nightshift", "up", "--no-key"]

@@ -16,7 +16,7 @@ from sqlite_utils import Database
 
 from data import audit, runs
 from data.ids import new_id
-from data.types import timestamp
+from data.types import RunStatus, timestamp
 
 MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", "nov", "dec")
 WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
@@ -355,8 +355,9 @@ def come_due(db: Database, schedule: Schedule, *, now: datetime | None = None) -
     """Ask for the run that is due, once: the id of the run that answers it, or None where there is nothing to do, since
     it is not due, was answered by another clock, or has changed since `schedule` was read.
 
-    Times that were missed are answered together. A run that is active already answers a time; a number of votes stays
-    due until that run has ended, which began without them. Raises BadSchedule. Call inside a transaction."""
+    Times that were missed are answered together. A run that is active already answers a time, and one that has not
+    begun a number of votes as well; that number stays due until a run has ended that began without them. Raises
+    BadSchedule. Call inside a transaction."""
     now = now or datetime.now(UTC)
     current = db.execute("SELECT updated_at, since, paused FROM schedules WHERE id = ?", (schedule.id,)).fetchone()
     if current != (*schedule.version, 0) or not is_due(db, schedule, now):
@@ -369,9 +370,9 @@ def come_due(db: Database, schedule: Schedule, *, now: datetime | None = None) -
     try:
         run_id = runs.request(db, requested_by=schedule.id, config={}).id
     except runs.RunActive as active:
-        if schedule.kind is ScheduleKind.VOTES:
-            return None
         run_id = str(active)
+        if schedule.kind is ScheduleKind.VOTES and runs.get(db, run_id).status is not RunStatus.QUEUED:
+            return None
         audit.record(db, actor=schedule.id, action="schedule.join", subject=run_id)
     db.execute(
         "UPDATE schedules SET since = ?, last_due_at = ?, last_run = ?, problem = NULL WHERE id = ?",

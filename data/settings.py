@@ -56,8 +56,9 @@ class EngineSettings(_Section):
     """Adapters are padded to it, so keep it as small as the adapters allow."""
     max_adapters: int = Field(3, ge=3)
     """Adapters that can be in one batch: serving, candidate and draining."""
-    max_queued: int = Field(256, ge=1)
-    """Requests that may wait in vLLM; more are answered 503."""
+    max_queued: int = Field(1024, ge=1)
+    """Requests that may run or wait in vLLM, the unseen draws of best of n and of active pairs and training's own
+    among them; more are answered 503."""
     cpu_kv_cache_gib: int = Field(1, ge=1)
     """Memory for the KV cache on a CPU, GiB."""
     gpu_memory_share: float = Field(0.5, gt=0, lt=1)

@@ -13,6 +13,8 @@ from data import audit
 from data.ids import new_id
 from data.types import timestamp
 
+ROLES = ("system", "developer", "user", "assistant", "tool")
+
 
 class BadPair(ValueError):
     """A line that is not a preference; the message says which and why."""
@@ -59,6 +61,7 @@ def list_pairs(db: Database) -> list[TrustedPair]:
 def _read(line: str, number: int) -> tuple[list[dict[str, Any]], str, str]:
     try:
         record = json.loads(line)
+        json.dumps(record, ensure_ascii=False).encode()  # half surrogates can be read, and not kept
     except ValueError as error:
         raise BadPair(f"Line {number} is not JSON ({error}).") from None
     if not isinstance(record, dict) or not {"prompt", "chosen", "rejected"} <= record.keys():
@@ -77,7 +80,7 @@ def _is_talk(messages: object) -> bool:
     return (
         isinstance(messages, list)
         and bool(messages)
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and "role" in m for m in messages)
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") in ROLES for m in messages)
     )
 
 

@@ -342,7 +342,7 @@ def votes_import_trusted(file: Path, state: State = None, json: Json = False) ->
     from data.database import transaction
 
     try:
-        lines = file.read_text().splitlines()
+        lines = file.read_text("utf-8-sig").split("\n")  # splitlines cuts at what JSON allows inside a text
     except (OSError, UnicodeDecodeError) as error:
         raise fail(f"{file} cannot be read: {error}") from None
     with open_record(state) as db:

@@ -6,13 +6,13 @@ import os
 import shutil
 import sys
 import urllib.error
-import urllib.request
 from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass
 from http.client import HTTPException
 from importlib.metadata import PackageNotFoundError, version
 
+from data.http import open_directly
 from data.settings import Settings
 
 NEEDED_DISK_GIB = 2.0
@@ -147,7 +147,7 @@ def _service(settings: Settings) -> Iterator[Check]:
 
     address = settings.server.url
     try:
-        with urllib.request.urlopen(f"{address}/readyz", timeout=5) as response:
+        with open_directly(f"{address}/readyz", timeout=5) as response:
             yield Check("Service", True, f"{address} is ready: {response.read(200).decode(errors='replace')}")
         if not settings.database.exists():
             yield Check("Port", False, f"{address} serves another state folder than {settings.state}", OTHER_STATE)
@@ -173,7 +173,7 @@ def _service(settings: Settings) -> Iterator[Check]:
         yield Check("Port", False, f"{settings.server.port} is taken by another program", str(error))
     for url in settings.engine.urls:
         try:
-            with urllib.request.urlopen(f"{url.rstrip('/')}/health", timeout=5):
+            with open_directly(f"{url.rstrip('/')}/health", timeout=5):
                 yield Check("Engine", True, url)
         except (OSError, HTTPException, ValueError) as error:
             yield Check("Engine", False, f"{url}: {error}", "Start the vLLM server there, or correct engine.urls.")

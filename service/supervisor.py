@@ -11,7 +11,6 @@ import socket
 import sys
 import time
 import urllib.error
-import urllib.request
 from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
@@ -22,6 +21,7 @@ from pysqlite3 import dbapi2 as sqlite3
 
 from data import keys, registry
 from data.database import connect, transaction
+from data.http import open_directly
 from data.settings import Settings
 from data.types import Feedback, Role, timestamp
 
@@ -415,7 +415,7 @@ def _ended(child: Child) -> bool:
 def _problem(url: str) -> str | None:
     """What stands between us and the first answer; None when nothing does."""
     try:
-        with urllib.request.urlopen(url, timeout=5):
+        with open_directly(url, timeout=5):
             return None
     except urllib.error.HTTPError as error:
         with suppress(ValueError, KeyError, IndexError):

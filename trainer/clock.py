@@ -39,6 +39,8 @@ from data.types import RunStatus, timestamp
 log = logging.getLogger("clock")
 
 LOOK_S = 1.0
+WAKE_S = 15.0
+"""After the machine has slept, or its time was set, nothing is said to be dead or due for so long: runs beat first."""
 LEASE = "clock"
 LEASE_S = 5.0
 STOP_S = 25.0
@@ -64,6 +66,8 @@ class Clock:
         self._holder = f"{new_id('clock')}:{os.getpid()}"
         self._holds = False
         self._renewed = -LEASE_S
+        self._looked = time.time(), time.monotonic()
+        self._wakes_until = 0.0
         self._started: _Started | None = None
         self._due: dict[str, datetime] = {}
         """When each alarm goes off."""
@@ -102,9 +106,11 @@ class Clock:
     def _look(self) -> None:
         try:
             self._record_end()
-            self._hold()
+            awake = self._is_awake()
+            self._hold(give_up=awake)
             if self._holds:
-                self._follow()
+                if awake:
+                    self._follow()
                 self._start_the_queued()
             self._trouble = ""
         except (sqlite3.OperationalError, OSError) as error:
@@ -112,7 +118,14 @@ class Clock:
                 log.error("Nothing can be started: %s. Trying on.", error)
             self._trouble = str(error)
 
-    def _hold(self) -> None:
+    def _is_awake(self) -> bool:
+        """Whether the machine's time has gone on evenly for a while: a sleep stops one of its two clocks."""
+        (wall, steady), self._looked = self._looked, (time.time(), time.monotonic())
+        if self._looked[0] - wall > self._looked[1] - steady + WAKE_S:
+            self._wakes_until = self._looked[1] + WAKE_S
+        return self._looked[1] >= self._wakes_until
+
+    def _hold(self, *, give_up: bool) -> None:
         """Renew the lease, or take it where it is free."""
         if time.monotonic() < self._renewed + LEASE_S / 3:
             return
@@ -120,7 +133,8 @@ class Clock:
         self._holds = False
         with transaction(self._db):
             self._holds = leases.acquire(self._db, LEASE, self._holder, for_s=LEASE_S)
-            runs.give_up_the_dead(self._db)
+            if give_up:
+                runs.give_up_the_dead(self._db)
         self._renewed = time.monotonic()
         if self._holds != held:
             log.info("This clock ticks" if self._holds else "Another clock ticks")

@@ -102,7 +102,7 @@ def prepare(
 
     Args:
         records: votes as `data.comparisons.export_preferences` yields them.
-        trusted: an operator's pairs; all of them train the reward model.
+        trusted: an operator's pairs; all train the reward model that are not too long and that the template takes.
         max_prompt_tokens: votes on longer prompts are left out.
         max_answer_tokens: votes on longer answers are left out.
         reliability: of each voter; see `voter_weights`.
@@ -121,7 +121,10 @@ def prepare(
             preferences.votes.append(UsedVote(record["vote"], record["choice"], split, weight))
         preferences.queries[split].extend(dict.fromkeys(pair.chosen.query for _, pair in rows))
     for trusted_pair in trusted:
-        pair = _pair(chat, trusted_pair.messages, trusted_pair.chosen, trusted_pair.rejected)
+        try:
+            pair = _pair(chat, trusted_pair.messages, trusted_pair.chosen, trusted_pair.rejected)
+        except BadMessages:
+            continue
         if _fits(pair, max_prompt_tokens, max_answer_tokens):
             preferences.pairs[Split.TRAIN].append(Pair(pair.chosen, pair.rejected, weight=trusted_weight))
     seen = {pair.chosen.query for pair in preferences.pairs[Split.TRAIN]}

@@ -128,8 +128,14 @@ def one_sided(firsts: Mapping[str, tuple[int, int]]) -> dict[str, str]:
     Args:
         firsts: how many votes of each rater were for the answer shown first, and how many there were.
     """
-    total = sum(votes for _, votes in firsts.values())
-    crowd = sum(first for first, _ in firsts.values()) / total if total else 0.5
+    # The crowd's share is of those who are not so clear a case themselves, or many of them would be their own excuse.
+    fair = [
+        (first, votes) for first, votes in firsts.values()
+        if (most := max(first, votes - first)) < ONE_SIDED * votes
+        or binomial_tail(most, votes, 0.5) * len(firsts) >= RARE
+    ]  # fmt: skip
+    total = sum(votes for _, votes in fair or firsts.values())
+    crowd = sum(first for first, _ in fair or firsts.values()) / total if total else 0.5
     found = {}
     for rater, (first, votes) in firsts.items():
         for side, count, share in (("first", first, crowd), ("second", votes - first, 1 - crowd)):

@@ -16,13 +16,14 @@ from http.client import HTTPException
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+from urllib.request import Request
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 from transformers.cache_utils import Cache, DynamicLayer
 
+from data.http import open_directly
 from trainer.backbone import Backbone
 from trainer.encoding import Answer
 
@@ -230,12 +231,15 @@ class Engine:
         request = Request(url, None if body is None else json.dumps(body).encode(), headers)
         try:
             try:
-                with urlopen(request, timeout=timeout_s) as answer:
+                with open_directly(request, timeout=timeout_s) as answer:
                     return bytes(answer.read())
             except HTTPError as error:
                 said = error.read().decode(errors="replace")[:500]
-                kinds = {(503, path): EngineFull, (404, "/v1/completions"): EngineAway}
-                raise kinds.get((error.code, path), EngineError)(f"{url} answered {error.code}: {said}") from error
+                # vLLM whose core has died says 500 for a moment, and 404 of an adapter when it is back.
+                kind = EngineFull if error.code == 503 else EngineError
+                if path == "/v1/completions" and error.code in (404, 500):
+                    kind = EngineAway
+                raise kind(f"{url} answered {error.code}: {said}") from error
         except (OSError, HTTPException) as error:
             raise EngineAway(f"{url} cannot be reached: {error or type(error).__name__}") from error
 
@@ -279,13 +283,13 @@ class EngineSampler:
     def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
         """
         Raises:
-            EngineError: the engine refused a request, or could not be reached for minutes.
+            EngineError: the engine refused a request, or could not be reached or was full for minutes.
         """
         waits = iter(RESTART_SECONDS)
         while True:
             try:
                 return self._call(queries, seeds)
-            except EngineAway:
+            except (EngineAway, EngineFull):
                 wait = next(waits, None)
                 if wait is None:
                     raise

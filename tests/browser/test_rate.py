@@ -11,7 +11,7 @@ from data import trusted
 from data.database import transaction
 from data.types import Role
 from tests.browser.conftest import PHONE, OpenPage
-from tests.conftest import AddPair, FakeEngine, House, MakeKey, OpenHouse
+from tests.conftest import AddPair, FakeEngine, House, MakeKey, OpenHouse, eventually
 
 KEYS = {"a": "ArrowLeft", "b": "ArrowRight", "tie": "ArrowDown", "both_bad": "ArrowUp"}
 
@@ -69,6 +69,29 @@ async def test_a_vote_is_undone_by_choosing_again(house: House, open_page: OpenP
     await expect(desk.get_by_text("1 rated today")).to_be_visible()
     assert [row["choice"] for row in await house.rows("votes")] == ["b"]
     assert [(row["choice"], row["comment"]) for row in await house.rows("vote_history")] == [("a", "clearer")]
+
+
+async def test_a_vote_on_its_way_does_not_take_the_second_thought_away(
+    house: House, open_page: OpenPage, queue: list[str]
+) -> None:
+    desk = await open_desk(house, open_page, "Question 0")
+    let_go = asyncio.Event()
+
+    async def hold(route: Route) -> None:
+        await let_go.wait()
+        await route.continue_()
+
+    await desk.route("**/v1/comparisons/*/vote", hold)
+    await desk.keyboard.press("ArrowLeft")
+    await desk.keyboard.press("z")
+    await expect(desk.get_by_text("Choose again")).to_be_visible()
+    let_go.set()
+    await eventually(lambda: house.rows("votes"))
+    await expect(desk.get_by_text("1 rated today")).to_be_visible()
+    await expect(desk.get_by_text("Question 0")).to_be_visible()
+    await desk.keyboard.press("ArrowRight")
+    await expect(desk.get_by_text("Question 1")).to_be_visible()
+    assert [(row["comparison_id"], row["choice"]) for row in await house.rows("votes")] == [(queue[0], "b")]
 
 
 async def test_undo_is_over_with_the_window(

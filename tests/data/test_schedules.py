@@ -42,7 +42,7 @@ def come_due(db: Database, schedule: Schedule, now: datetime | str) -> str | Non
 
 def end_the_run(db: Database) -> None:
     with transaction(db):
-        run = runs.claim(db)
+        run = runs.claim(db) or runs.active(db)
         assert run is not None
         runs.finish(db, run.id, RunStatus.SUCCEEDED)
 
@@ -247,6 +247,16 @@ def test_two_that_are_due_at_once_are_one_run(db: Database) -> None:
     assert joined == [(other.id, run)]
 
 
+def test_votes_that_come_due_beside_a_time_join_its_run_while_it_has_not_begun(db: Database) -> None:
+    nightly = add(db, ScheduleKind.CRON, "0 3 * * *", since="2026-01-10T12:00:00.000Z")
+    votes = add(db, ScheduleKind.VOTES, "2", since="2026-01-10T12:00:00.000Z")
+    cast_votes(db, 2, "2026-01-10T13:00:00.000Z")
+    run = come_due(db, nightly, "2026-01-11 03:00")
+    assert come_due(db, votes, "2026-01-11 03:00") == run
+    end_the_run(db)
+    assert come_due(db, schedules.get(db, votes.id), "2026-01-11 04:00") is None, "that run learned from them"
+
+
 def test_votes_are_counted_from_the_last_run_that_they_asked_for(db: Database) -> None:
     schedule = add(db, ScheduleKind.VOTES, "5", since="2026-01-10T12:00:00.000Z")
     assert schedule.next_due() is None
@@ -265,6 +275,7 @@ def test_votes_are_counted_from_the_last_run_that_they_asked_for(db: Database) -
 def test_votes_wait_for_the_end_of_a_run_that_began_without_them(db: Database) -> None:
     with transaction(db):
         runs.request(db, requested_by="cli", config={})
+        runs.claim(db)
     schedule = add(db, ScheduleKind.VOTES, "2", since="2026-01-10T12:00:00.000Z")
     cast_votes(db, 2, "2026-01-10T13:00:00.000Z")
     assert come_due(db, schedule, "2026-01-10 14:00") is None

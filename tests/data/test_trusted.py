@@ -47,6 +47,8 @@ def test_both_of_trls_forms_are_read_and_nothing_twice(db: Database) -> None:
         (GOOD | {"chosen": GOOD["prompt"]}, "chosen is neither"),
         (GOOD | {"rejected": ""}, "rejected is neither"),
         (GOOD | {"rejected": "Yes."}, "are the same"),
+        (GOOD | {"prompt": [{"role": "usre", "content": "?"}]}, "prompt is neither"),
+        (GOOD | {"rejected": "\ud800"}, "Line 2 is not JSON"),
     ],
 )
 def test_one_bad_line_and_nothing_is_taken(db: Database, bad: object, says: str) -> None:

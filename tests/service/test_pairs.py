@@ -219,6 +219,20 @@ async def test_a_pair_whose_second_answer_fails_becomes_a_plain_answer(
     assert await house.rows("comparisons") == []
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_pair_whose_second_answer_takes_too_long_becomes_a_plain_answer(
+    open_house: OpenHouse, engine: FakeEngine, stream: bool
+) -> None:
+    house = await open_house(engine, chat={"timeout_s": 0.5})
+    engine.answer = lambda body: say("One", " two") if body["seed"] == FIRST else say("Too", " slow", hold_after=1)
+    answer = await house.chat(feedback="always", seed=7, stream=stream)
+    assert answer.status == 200
+    assert comparison_of(answer) is None
+    assert (answer.streamed(0) if stream else answer.text) == "One two"
+    rows = {json.loads(row["sampling"])["seed"]: row["status"] for row in await house.rows("completions")}
+    assert rows == {FIRST: "complete", SECOND: "aborted"}
+
+
 async def test_without_streaming_whichever_answer_is_whole_is_given(house: House, engine: FakeEngine) -> None:
     engine.answer = lambda body: Refusal(500) if body["seed"] == FIRST else say("Two")
     answer = await house.chat(feedback="always", seed=7)

@@ -6,9 +6,11 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections.abc import Callable
 from contextlib import closing
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
@@ -259,3 +261,22 @@ async def test_a_house_has_a_clock_that_comes_back_and_stops_with_it(
         os.kill(os.getpid(), signal.SIGTERM)
         await house
         assert leases.holder_of(db, "clock") is None
+
+
+def test_no_proxy_stands_between_us_and_our_own_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Ready(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, format: str, *arguments: object) -> None:
+            pass
+
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:1")
+    monkeypatch.setenv("no_proxy", "127.0.0.0/8")
+    with ThreadingHTTPServer(("127.0.0.1", 0), Ready) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        try:
+            assert supervisor._problem(f"http://127.0.0.1:{server.server_port}/readyz") is None
+        finally:
+            server.shutdown()

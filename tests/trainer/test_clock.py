@@ -360,6 +360,30 @@ def test_a_run_that_somebody_else_carries_out_is_left_alone(settings: Settings, 
         runs.finish(db, id, RunStatus.SUCCEEDED)
 
 
+def test_a_run_outlives_the_sleep_of_the_machine(settings: Settings, db: Database) -> None:
+    """Nobody's heart beats in it, and on waking the clock looks before the run beats."""
+    id = request(db)
+    one = Clock(settings, once=stand_in(settings, "long"))
+    thread = threading.Thread(target=one.run)
+    thread.start()
+    try:
+        run = until(lambda: running(db))
+        assert run.pid is not None
+        os.kill(run.pid, signal.SIGSTOP)
+        one._looked = time.time() - 3 * 3600, one._looked[1]
+        db.execute("UPDATE runs SET heartbeat_at = ?", (timestamp(plus_s=-3 * 3600),))
+        schedule = add(db, ScheduleKind.EVERY, "1s")
+        time.sleep(3 * clock.LOOK_S)
+        os.kill(run.pid, signal.SIGCONT)
+        until(lambda: runs.get(db, id).heartbeat_at > timestamp(plus_s=-60.0))
+        assert runs.get(db, id).status is RunStatus.RUNNING
+        assert schedules.get(db, schedule.id).last_run is None
+    finally:
+        one.stop()
+        thread.join()
+    assert runs.get(db, id).status is RunStatus.CANCELLED
+
+
 # The ends of clocks
 
 

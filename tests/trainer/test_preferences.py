@@ -88,7 +88,10 @@ def test_a_vote_that_the_template_cannot_read_is_left_out(chat: ChatFormat) -> N
         + "{{ messages[0]['content'] }}"
     )
     refused = record(1) | {"prompt": [{"role": "system", "content": "hello"}]}
-    assert [vote.vote for vote in prepared(chat, [refused, record(2)]).votes] == ["vote_2"]
+    trusted = TrustedPair("pair_1", refused["prompt"], "4", "5")
+    preferences = prepared(chat, [refused, record(2)], trusted=[trusted])
+    assert [vote.vote for vote in preferences.votes] == ["vote_2"]
+    assert sum(map(len, preferences.pairs.values())) == 1
 
 
 def test_what_is_too_long_is_left_out(chat: ChatFormat) -> None:

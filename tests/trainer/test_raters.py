@@ -105,6 +105,24 @@ def test_a_crowd_that_leans_is_not_suspected_for_it() -> None:
     assert [s.suspicion for s in standings(votes, {}).values() if s.suspicion and "shown first" in s.suspicion] == []
 
 
+@pytest.mark.parametrize("bots", [1, 10, 40])
+def test_many_of_one_side_are_not_their_own_excuse(bots: int) -> None:
+    rng = random.Random(0)
+    votes = crowd(rng) + [vote for i in range(bots) for vote in voted(f"bot {i}", 20, rng, left=1.0)]
+    accused = {rater for rater, s in standings(votes, {}).items() if s.suspicion and "shown first" in s.suspicion}
+    assert accused == {f"bot {i}" for i in range(bots)}
+
+
+@pytest.mark.parametrize("left", [0.5, 0.7, 0.85])
+@pytest.mark.parametrize("votes", [2, 10, 20, 60])
+def test_whatever_a_crowd_leans_to_nobody_is_accused_of_it(left: float, votes: int) -> None:
+    accused = 0
+    for seed in range(20):
+        rng = random.Random(seed)
+        accused += len(one_sided({f"r{i}": (sum(rng.random() < left for _ in range(votes)), votes) for i in range(60)}))
+    assert accused <= 1
+
+
 def test_one_rater_alone_is_not_one_sided() -> None:
     assert one_sided({"only": (50, 50)}) == {}
     assert one_sided({}) == {}

@@ -16,6 +16,7 @@ let rated = []; // what was voted on here, the latest last: {task, choice, at}, 
 let current = null; // the Pair on the desk
 let waits = false; // whether "Your vote waits" is on the desk
 let timer = null;
+let shown = 0; // pairs so far: what was awaited for an earlier one must not take a later one away
 
 async function next() {
   clearTimeout(timer);
@@ -24,11 +25,14 @@ async function next() {
   // The queue gives the same pair again until the vote has arrived.
   waits = outbox.waiting.length > 0;
   if (waits) return showWaiting();
+  const before = shown;
   let task;
   try {
     task = await call("GET", "/v1/comparisons/next");
     notice("next");
+    if (before !== shown) return;
   } catch (error) {
+    if (before !== shown) return;
     if (error.code === "insufficient_role") return showNoRater();
     notice("next", `The next pair could not be had. ${error.message}`, button("Try again", next, { class: "strong" }));
     return;
@@ -38,6 +42,7 @@ async function next() {
 }
 
 function showTask(task, before = null) {
+  shown += 1;
   const bodies = [];
   const prose = (text) => {
     const element = el("div", { class: "prose", dir: "auto" });
@@ -63,6 +68,7 @@ function showTask(task, before = null) {
 }
 
 async function choose(task, choice, comment, before) {
+  const mine = shown;
   if (choice !== "skip") {
     rated.push({ task, choice, at: before?.at ?? Date.now() });
     announce(`${SAID[choice]}.`);
@@ -77,7 +83,7 @@ async function choose(task, choice, comment, before) {
     }
   }
   showUndo();
-  next();
+  if (mine === shown) next();
 }
 
 function undo() {

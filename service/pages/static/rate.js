@@ -71,6 +71,7 @@ async function choose(task, choice, comment, before) {
   const mine = shown;
   if (choice !== "skip") {
     rated.push({ task, choice, at: before?.at ?? Date.now() });
+    showUndo();
     announce(`${SAID[choice]}.`);
     await outbox.add({ comparison: task.id, choice, comment });
   } else if (before) {

@@ -62,6 +62,7 @@ class FakeEngine(ThreadingHTTPServer):
         self.loaded: dict[str, str] = {}
         self.busy = self.busiest = 0
         self.full = 0
+        self.full_status = 503
         """So many more completions are answered 503."""
         self.refuse_after = 10**9
         """Completions after so many are answered 400."""
@@ -122,7 +123,7 @@ class Handler(BaseHTTPRequestHandler):
     def respond(self, body: dict, *, full: bool) -> tuple[int, dict]:
         engine = self.server
         if full:
-            return 503, {"error": {"message": "queue is full"}}
+            return engine.full_status, {"error": {"message": "queue is full"}}
         if self.path == "/v1/load_lora_adapter":
             assert Path(body["lora_path"], "adapter_model.safetensors").exists()
             engine.loaded[body["lora_name"]] = body["lora_path"]
@@ -231,10 +232,29 @@ def test_a_full_queue_is_waited_for(
     assert len(engine_sampler(QUERIES, range(5))) == 5
 
 
+def test_a_queue_that_was_full_for_longer_is_waited_for_anew(
+    engine: FakeEngine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "RETRY_SECONDS", ())
+    monkeypatch.setattr(rollout, "RESTART_SECONDS", (0.01,) * 10)
+    engine.full = 3
+    assert len(engine_sampler(QUERIES, range(5))) == 5
+
+
+def test_an_engine_whose_core_has_died_is_waited_for(
+    engine: FakeEngine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rollout, "RETRY_SECONDS", ())
+    monkeypatch.setattr(rollout, "RESTART_SECONDS", (0.01,) * 10)
+    engine.full, engine.full_status = 3, 500
+    assert len(engine_sampler(QUERIES, range(5))) == 5
+
+
 def test_a_queue_that_stays_full_ends_with_what_the_engine_said(
     engine: FakeEngine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(rollout, "RETRY_SECONDS", (0.01,))
+    monkeypatch.setattr(rollout, "RESTART_SECONDS", (0.01,))
     engine.full = 100
     with pytest.raises(EngineError, match=r"answered 503: .*queue is full"):
         engine_sampler(QUERIES, range(5))

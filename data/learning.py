@@ -1,7 +1,7 @@
 """What a run learned from, and the reward models that came of it."""
 
 import json
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -44,9 +44,13 @@ def insert_reward_model(db: Database, row: RewardModelRow) -> None:
     )
 
 
-def reward_models(db: Database) -> list[RewardModelRow]:
-    """The latest first."""
-    rows = db.execute("SELECT id, run_id, path, sha256, metrics FROM reward_models ORDER BY id DESC")
+def reward_models(db: Database, *, without: Collection[str] = (), limit: int = -1) -> list[RewardModelRow]:
+    """The latest first; at most `limit`, or all."""
+    rows = db.execute(
+        "SELECT id, run_id, path, sha256, metrics FROM reward_models"
+        " WHERE id NOT IN (SELECT value FROM json_each(?)) ORDER BY id DESC LIMIT ?",
+        (json.dumps(list(without)), limit),
+    )
     return [RewardModelRow(id, run_id, path, sha256, json.loads(metrics)) for id, run_id, path, sha256, metrics in rows]
 
 
@@ -58,15 +62,6 @@ def turned_away(db: Database) -> set[str]:
         (PolicyStatus.REJECTED, PolicyStatus.ROLLED_BACK),
     )
     return {id for (id,) in rows}
-
-
-def newest_reward_model(db: Database, *, without: set[str]) -> RewardModelRow | None:
-    row = db.execute(
-        "SELECT id, run_id, path, sha256, metrics FROM reward_models"
-        " WHERE id NOT IN (SELECT value FROM json_each(?)) ORDER BY id DESC LIMIT 1",
-        (json.dumps(sorted(without)),),
-    ).fetchone()
-    return RewardModelRow(row[0], row[1], row[2], row[3], json.loads(row[4])) if row else None
 
 
 def checked_folder(state: Path, row: RewardModelRow) -> Path:

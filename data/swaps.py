@@ -134,6 +134,11 @@ def note_problem(db: Database, name: str, problem: str) -> None:
     """Say what keeps a policy from going further, and its swap, where it has one, from being made. Call inside a
     transaction."""
     registry.note_problem(db, name, problem)
+    _say_of_open(db, name, problem)
+
+
+def _say_of_open(db: Database, name: str, problem: str) -> None:
+    """Why the swaps to this policy that were asked for have not been made."""
     db.execute("UPDATE swaps SET problem = ? WHERE policy = ? AND flipped_at IS NULL", (problem, name))
 
 
@@ -163,8 +168,7 @@ def flip(db: Database, swap: Swap) -> str | None:
     db.execute(
         "UPDATE swaps SET flipped_at = ?, replaced = ?, problem = NULL WHERE id = ?", (timestamp(), replaced, swap.id)
     )
-    again = "It was asked for once more, and serves by that."
-    db.execute("UPDATE swaps SET problem = ? WHERE policy = ? AND flipped_at IS NULL", (again, swap.policy))
+    _say_of_open(db, swap.policy, "It was asked for once more, and serves by that.")
     if replaced is None:
         return None
     _overtake(db, f"{swap.policy} was promoted after it", but_trained_after=swap.policy)
@@ -177,7 +181,7 @@ def _overtake(db: Database, reason: str, *, but_trained_after: str | None = None
     for name, requested in db.execute(f"SELECT name, requested {_PENDING}").fetchall():
         if requested is not None or but_trained_after is None or name < but_trained_after:
             registry.set_status(db, name, PolicyStatus.RETIRED, problem=reason)
-            db.execute("UPDATE swaps SET problem = ? WHERE policy = ? AND flipped_at IS NULL", (reason, name))
+            _say_of_open(db, name, reason)
 
 
 def drained(db: Database, name: str) -> None:

@@ -29,6 +29,7 @@ from collections.abc import Callable
 from contextlib import closing, suppress
 from dataclasses import dataclass
 from functools import partial
+from operator import attrgetter
 from typing import TypeVar
 
 from pysqlite3 import dbapi2 as sqlite3
@@ -318,15 +319,13 @@ class HotSwap:
             return
         before, after = await asyncio.to_thread(self._outcomes, swap)
         figures = {
-            "failed": ([(o.failed, o.answers) for o in before], [(o.failed, o.answers) for o in after]),
-            "were cut off at their most tokens": (
-                [(o.unfinished, o.free) for o in before],
-                [(o.unfinished, o.free) for o in after],
-            ),
+            "failed": attrgetter("failed", "answers"),
+            "were cut off at their most tokens": attrgetter("unfinished", "free"),
         }
-        for what, (was_by_key, is_now_by_key) in figures.items():
-            was, is_now = trial.total(was_by_key), trial.total(is_now_by_key)
-            if trial.jumped(was, is_now_by_key):
+        for what, counts in figures.items():
+            by_key = [counts(o) for o in after]
+            was, is_now = trial.total([counts(o) for o in before]), trial.total(by_key)
+            if trial.jumped(was, by_key):
                 reason = (
                     f"{is_now[0]} of {is_now[1]} answers of {swap.policy} {what}, and {was[0]} of {was[1]} of"
                     f" {swap.replaced}'s"

@@ -162,8 +162,7 @@ def _reward_model(figures: _Figures, settings: GateSettings) -> Check:
     return Check(
         "reward_model", accuracy, threshold, accuracy > threshold,
         f"The reward model is right about {accuracy:.1%} of {pairs} votes that it has not seen, and {whose} about"
-        f" {baseline:.1%}; it must be above {threshold:.1%}, a standard error more, or it may know no"
-        " better.",
+        f" {baseline:.1%}; it must be above {threshold:.1%}, a standard error more, or it may know no better.",
     )  # fmt: skip
 
 

@@ -292,19 +292,14 @@ class _Night:
         # The reward model has not seen the judge's votes either, and with few votes every one of them counts.
         unseen = {"reward": held_out + preferences.pairs[Split.JUDGE], "judge": held_out}
         # Two models that began alike would go on agreeing on more than the votes say.
-        configs = {"reward": config, "judge": replace(config, seed=config.seed + 1)}
+        apart = replace(config, seed=config.seed + 1)
         models, reports = [], {}
-        for adapter, split in (("reward", Split.TRAIN), ("judge", Split.JUDGE)):
+        for adapter, split, its in (("reward", Split.TRAIN, config), ("judge", Split.JUDGE, apart)):
             self._stage(adapter)
             pairs = preferences.pairs[split]
             steps = config.epochs * -(-len(pairs) // config.batch)
             model = reward_model.train(
-                backbone,
-                adapter,
-                pairs,
-                configs[adapter],
-                accelerator=Accelerator(),
-                on_step=self._on_step(adapter, steps),
+                backbone, adapter, pairs, its, accelerator=Accelerator(), on_step=self._on_step(adapter, steps)
             )
             model.normalise(reference)
             votes = [pair for pair in pairs if pair.shown]  # nobody's lengths are a trusted pair's

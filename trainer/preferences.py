@@ -121,12 +121,9 @@ def prepare(
             preferences.votes.append(UsedVote(record["vote"], record["choice"], split, weight))
         preferences.queries[split].extend(dict.fromkeys(pair.chosen.query for _, pair in rows))
     for trusted_pair in trusted:
-        try:
-            pair = _pair(chat, trusted_pair.messages, trusted_pair.chosen, trusted_pair.rejected)
-        except BadMessages:
-            continue
-        if _fits(pair, max_prompt_tokens, max_answer_tokens):
-            preferences.pairs[Split.TRAIN].append(Pair(pair.chosen, pair.rejected, weight=trusted_weight))
+        texts = trusted_pair.chosen, trusted_pair.rejected
+        if known := _pair(chat, trusted_pair.messages, *texts, max_prompt_tokens, max_answer_tokens):
+            preferences.pairs[Split.TRAIN].append(replace(known, weight=trusted_weight))
     seen = {pair.chosen.query for pair in preferences.pairs[Split.TRAIN]}
     held_out = preferences.queries[Split.HELD_OUT]
     preferences.queries[Split.HELD_OUT] = [query for query in held_out if query not in seen] or held_out
@@ -142,21 +139,21 @@ def usable(
     for record in records:
         if record["choice"] == "both_bad":
             continue
-        try:
-            pair = _pair(chat, record["prompt"], record["chosen"][0]["content"], record["rejected"][0]["content"])
-        except BadMessages:
-            continue
-        if _fits(pair, max_prompt_tokens, max_answer_tokens):
+        texts = record["chosen"][0]["content"], record["rejected"][0]["content"]
+        if pair := _pair(chat, record["prompt"], *texts, max_prompt_tokens, max_answer_tokens):
             shown = -1.0 if record["choice"] == "b" else 1.0
             tie, active = record["choice"] == "tie", record["kind"] == ComparisonKind.ACTIVE
             found.append((record, replace(pair, tie=tie, shown=shown, active=active)))
     return found
 
 
-def _pair(chat: ChatFormat, messages: list[dict[str, Any]], chosen: str, rejected: str) -> Pair:
-    return Pair(chat.answer(messages, chosen), chat.answer(messages, rejected))
-
-
-def _fits(pair: Pair, max_prompt_tokens: int, max_answer_tokens: int) -> bool:
+def _pair(
+    chat: ChatFormat, messages: list[dict[str, Any]], chosen: str, rejected: str, max_prompt: int, max_answer: int
+) -> Pair | None:
+    """None where it is too long, in tokens, or the chat template does not take the messages."""
+    try:
+        pair = Pair(chat.answer(messages, chosen), chat.answer(messages, rejected))
+    except BadMessages:
+        return None
     answers = max(len(pair.chosen.response), len(pair.rejected.response))
-    return len(pair.chosen.query) <= max_prompt_tokens and answers <= max_answer_tokens
+    return pair if len(pair.chosen.query) <= max_prompt and answers <= max_answer else None

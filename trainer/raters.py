@@ -133,9 +133,9 @@ def one_sided(firsts: Mapping[str, tuple[int, int]]) -> dict[str, str]:
         (first, votes) for first, votes in firsts.values()
         if (most := max(first, votes - first)) < ONE_SIDED * votes
         or binomial_tail(most, votes, 0.5) * len(firsts) >= RARE
-    ]  # fmt: skip
-    total = sum(votes for _, votes in fair or firsts.values())
-    crowd = sum(first for first, _ in fair or firsts.values()) / total if total else 0.5
+    ] or list(firsts.values())  # fmt: skip
+    total = sum(votes for _, votes in fair)
+    crowd = sum(first for first, _ in fair) / total if total else 0.5
     found = {}
     for rater, (first, votes) in firsts.items():
         for side, count, share in (("first", first, crowd), ("second", votes - first, 1 - crowd)):

@@ -65,7 +65,7 @@ class Scorer:
         if self.reward_model in turned_away:
             print(f"{self.reward_model} scores no more: its policy was turned away", file=sys.stderr, flush=True)
             self.reward_model = self._model = None
-        row = learning.newest_reward_model(self._db, without=turned_away)
+        row = next(iter(learning.reward_models(self._db, without=turned_away, limit=1)), None)
         newest = row.id if row else None
         if newest == self._tried and (self.problem is None or time.monotonic() < self._retry_at):
             return

@@ -62,8 +62,8 @@ class FakeEngine(ThreadingHTTPServer):
         self.loaded: dict[str, str] = {}
         self.busy = self.busiest = 0
         self.full = 0
+        """So many more completions are answered `full_status`."""
         self.full_status = 503
-        """So many more completions are answered 503."""
         self.refuse_after = 10**9
         """Completions after so many are answered 400."""
         self.restart_after = 10**9
@@ -232,21 +232,13 @@ def test_a_full_queue_is_waited_for(
     assert len(engine_sampler(QUERIES, range(5))) == 5
 
 
-def test_a_queue_that_was_full_for_longer_is_waited_for_anew(
-    engine: FakeEngine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("status", [503, 500], ids=["full", "its core has died"])
+def test_an_engine_that_answers_no_request_for_longer_is_asked_anew(
+    engine: FakeEngine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setattr(rollout, "RETRY_SECONDS", ())
     monkeypatch.setattr(rollout, "RESTART_SECONDS", (0.01,) * 10)
-    engine.full = 3
-    assert len(engine_sampler(QUERIES, range(5))) == 5
-
-
-def test_an_engine_whose_core_has_died_is_waited_for(
-    engine: FakeEngine, engine_sampler: EngineSampler, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(rollout, "RETRY_SECONDS", ())
-    monkeypatch.setattr(rollout, "RESTART_SECONDS", (0.01,) * 10)
-    engine.full, engine.full_status = 3, 500
+    engine.full, engine.full_status = 3, status
     assert len(engine_sampler(QUERIES, range(5))) == 5
 
 

@@ -11,6 +11,8 @@ from sqlite_utils import Database
 from data.registry import RegistryError, folder_digest
 from data.types import PolicyStatus, timestamp
 
+TRAIN_SHARE = 0.7
+"""Of the votes: a reward model is fitted to these, and the others judge it."""
 SCORER_SOCKET = "scorer.sock"
 """Where in the state folder the process listens that scores answers for the service."""
 

@@ -5,15 +5,13 @@ import hashlib
 import json
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, get_args
 
 from sqlite_utils import Database
 
 from data import audit
 from data.ids import new_id
-from data.types import timestamp
-
-ROLES = ("system", "developer", "user", "assistant", "tool")
+from data.types import MessageRole, timestamp
 
 
 class BadPair(ValueError):
@@ -80,7 +78,10 @@ def _is_talk(messages: object) -> bool:
     return (
         isinstance(messages, list)
         and bool(messages)
-        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") in ROLES for m in messages)
+        and all(
+            isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") in get_args(MessageRole)
+            for m in messages
+        )
     )
 
 

@@ -3,10 +3,14 @@
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from enum import StrEnum
-from typing import Any
+from typing import Any, Literal
 
 BASE_POLICY = "policy-0000"
 """The base model under an adapter that changes nothing."""
+
+
+MessageRole = Literal["system", "developer", "user", "assistant", "tool"]
+"""Who says a message of a conversation."""
 
 
 class Role(StrEnum):

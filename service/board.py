@@ -11,7 +11,7 @@ import orjson
 from fastapi import APIRouter, Query, Request, Response
 from sqlite_utils import Database
 
-from data import audit, duels, keys, leases, raters, registry, runs, schedules, stats, swaps
+from data import audit, duels, keys, learning, leases, raters, registry, runs, schedules, stats, swaps
 from data.database import connect
 from data.settings import Settings
 from data.types import Duel, Key, Policy, Role, timestamp
@@ -32,8 +32,6 @@ ACTS = 50
 RATERS = 50
 CURVE_POINTS = 300
 REWARD_MODELS = 30
-TRAINED_ON = 0.7
-"""Of the votes that prefer an answer, the share that a reward model is fitted to (`trainer.preferences.split_of`)."""
 CLOCK = "clock"
 """The lease of whoever starts the runs."""
 
@@ -90,7 +88,7 @@ def _board(db: Database, settings: Settings) -> dict[str, Any]:
             "days": stats.votes_by_day(db, days=DAYS),
             "choices": choices,
             "since_last_run": stats.votes_since_last_run(db),
-            "needed": math.ceil(settings.training.min_votes / TRAINED_ON),
+            "needed": math.ceil(settings.training.min_votes / learning.TRAIN_SHARE),
         },
         "agreement": stats.agreement(db),
         "gold": stats.gold_answers(db),

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from data.types import Feedback
+from data.types import Feedback, MessageRole
 
 
 class _Part(BaseModel):
@@ -30,7 +30,7 @@ class _ToolCall(BaseModel):
 class _Message(BaseModel):
     # What an assistant message of ours carries beyond these fields may be sent back, and says nothing.
     model_config = ConfigDict(extra="ignore")
-    role: Literal["system", "developer", "user", "assistant", "tool"]
+    role: MessageRole
     content: str | list[_Part] | None = None
     name: str | None = None
     tool_calls: list[_ToolCall] | None = None

@@ -216,7 +216,7 @@ class _Night:
             raise
         return EngineSampler(
             backbone, "policy", sampling, engine=self.engines[0], home=self.settings.state / "rollouts",
-            name=f"rollout-{self.run.id}", accelerator=Accelerator(),
+            name=f"rollout-{self.run.id}", accelerator=Accelerator(), sleep=self.keeper.sleep,
         )  # fmt: skip
 
     def _rate(self, backbone: Backbone, chat: ChatFormat) -> dict[str, float]:

@@ -28,8 +28,8 @@ class Cancelled(Exception):
 
 
 class Keeper:
-    """Beats while it is open. `stage`, `figures` and `wait_while` raise Cancelled once somebody has asked the run to
-    stop, and RunLost once it has been given up for dead."""
+    """Beats while it is open. `stage`, `figures`, `sleep` and `wait_while` raise Cancelled once somebody has asked the
+    run to stop, and RunLost once it has been given up for dead."""
 
     def __init__(self, database: Path, run_id: str) -> None:
         self._db = connect(database)
@@ -72,6 +72,10 @@ class Keeper:
             runs.add_metrics(self._db, self._run_id, step, {f"{prefix}/{k}": v for k, v in figures.items()})
         self._raise_if_over()
 
+    def sleep(self, seconds: float) -> None:
+        self._over.wait(seconds)
+        self._raise_if_over()
+
     def wait_while(self, busy: Callable[[], bool], *, limit_s: float, waiting: Callable[[float], None]) -> bool:
         """Wait until `busy()` is false, but at most `limit_s` seconds, and never within WORK_S seconds of work after
         the last wait; whether it had to wait.
@@ -83,8 +87,7 @@ class Keeper:
         waited_s = 0.0
         while waited_s < limit_s and busy():
             waiting(waited_s)
-            self._over.wait(min(LOOK_S, limit_s - waited_s))
-            self._raise_if_over()
+            self.sleep(min(LOOK_S, limit_s - waited_s))
             waited_s = time.monotonic() - began
             self._working_since = began + waited_s
         return waited_s > 0

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field, replace
 from enum import StrEnum
 from typing import Any
 
+from data.learning import TRAIN_SHARE
 from data.trusted import TrustedPair
 from data.types import ComparisonKind
 from trainer.encoding import BadMessages, ChatFormat
@@ -50,7 +51,7 @@ def split_of(user: str, conversation: str) -> Split:
     """70 % train, 20 % judge, 10 % held out."""
     digest = hashlib.sha256(f"{user}\0{conversation}".encode()).digest()
     place = int.from_bytes(digest[:8], "big") / 2**64
-    return Split.TRAIN if place < 0.7 else Split.JUDGE if place < 0.9 else Split.HELD_OUT
+    return Split.TRAIN if place < TRAIN_SHARE else Split.JUDGE if place < 0.9 else Split.HELD_OUT
 
 
 def voter_weights(

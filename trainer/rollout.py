@@ -263,12 +263,14 @@ class EngineSampler:
         name: str,
         accelerator: Accelerator,
         in_flight: int = 32,
+        sleep: Callable[[float], None] = time.sleep,
     ) -> None:
         """
         Args:
             home: the folder where adapters are published for the time of a call; the engine reads the same path.
             name: the adapters' names begin with it; nobody else's may.
             in_flight: requests out at once, over all processes.
+            sleep: waits so many seconds for an engine that is away; what it raises ends the call.
         """
         self._backbone = backbone
         self._adapter = adapter
@@ -278,6 +280,7 @@ class EngineSampler:
         self._name = name
         self._accelerator = accelerator
         self._in_flight = max(1, in_flight // accelerator.num_processes)
+        self._sleep = sleep
         self._calls = 0
 
     def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
@@ -293,7 +296,7 @@ class EngineSampler:
                 wait = next(waits, None)
                 if wait is None:
                     raise
-                time.sleep(wait)
+                self._sleep(wait)
 
     def _call(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
         name = f"{self._name}-{self._calls:05d}"

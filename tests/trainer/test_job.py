@@ -27,7 +27,7 @@ from data.database import connect, transaction
 from data.settings import EngineSettings, GateSettings, Settings, TrainingSettings
 from data.types import Choice, Feedback, PolicyStatus, Role, RunStatus
 from tests.trainer.test_rollout import FakeEngine, running_engine
-from trainer import gate, job, keeper
+from trainer import gate, job, keeper, rollout
 from trainer.backbone import Backbone
 from trainer.encoding import Answer, ChatFormat
 from trainer.gate import Check, GateReport
@@ -632,6 +632,25 @@ def test_a_run_that_waits_can_be_cancelled(
     run = job.once(changed(settings, engines=[vllm], wait_for_chat_s=3600), watch=watch)
     assert run is not None
     assert run.status is RunStatus.CANCELLED
+
+
+def test_a_run_whose_engine_is_away_can_be_cancelled(
+    settings: Settings, db: Database, voted: None, vllm: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(keeper, "BEAT_S", 0.05)
+    monkeypatch.setattr(rollout, "RESTART_SECONDS", (3600,))
+    vllm.full, vllm.full_status = 100, 500
+    id = request(db)
+
+    def watch(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:
+        if stage == "ppo":
+            with transaction(db):
+                runs.cancel(db, id, actor="test")
+
+    run = job.once(changed(settings, engines=[vllm], rollouts="engine", wait_for_chat_s=0), watch=watch)
+    assert run is not None
+    assert run.status is RunStatus.CANCELLED
+    assert not vllm.loaded
 
 
 # Sudden death

@@ -136,9 +136,10 @@ class Curve:
         return row
 
     def _row(self, cell: Cell) -> dict[str, Any]:
-        """What a night came to, which is made where it is not kept."""
+        """What a night came to, which is made where none of this kind of machine is kept."""
         path = self.kept / cell.folder / "row.json"
-        return dict(json.loads(path.read_text())) if path.exists() else self.run(cell)
+        row = dict(json.loads(path.read_text())) if path.exists() else {}
+        return row if row.get("on") == self.lab.machine else self.run(cell)
 
     def _votes(self, cell: Cell) -> list[dict[str, Any]]:
         """All votes to date: those of the nights before, and what this day adds."""

@@ -123,14 +123,12 @@ class Noise:
 
 
 def values(rows: Sequence[dict[str, Any]], noise: str, share: float, defence: str, figure: str) -> dict[int, float]:
-    """By seed. A cell that was run again, for its policy, keeps what its first run said: that was on the machine of the
-    other cells of its seed. So the policy is of the same votes, and may be of another reward model than the accuracy.
-    """
+    """By seed; of a cell that was run again, the latest."""
     noise, defence = (noise, defence) if share else SAME.get((noise, defence), (noise, defence))
     found: dict[int, float] = {}
     for row in rows:
         if (row["noise"], row["share"], row["defence"]) == (noise, share, defence) and figure in row:
-            found.setdefault(row["seed"], row[figure])
+            found[row["seed"]] = row[figure]
     return found
 
 

@@ -194,24 +194,24 @@ def run(bench: Poison, cell: Cell, rows: Sequence[dict[str, Any]], *, policies: 
     votes = bench.cast(cell)
     found = rate(bench.lab, votes, defences) if defences.quarantine or defences.weights else {}
     preferences = weigh(bench.lab, votes, found, defences)
-    same = digest(preferences, defences)
+    same, machine = digest(preferences, defences), bench.lab.machine
     suspects = {voter for voter, standing in found.items() if standing.suspicion} if defences.quarantine else set()
     hostile = {vote["voter"] for vote in votes if vote["voter"].startswith("hostile")}
     policies = policies and not (hostile and hostile <= suspects)
     twin = next(
         (
             row for row in rows
-            if (row["digest"], row["plot"], row["seed"]) == (same, cell.plot, cell.seed)
+            if (row["digest"], row["plot"], row["seed"], row.get("on")) == (same, cell.plot, cell.seed, machine)
             and ("rise" in row or not policies)
         ),
         None,
     )  # fmt: skip
-    names = ("rise_best_of_16", "rise", "win_rate", "passed", "failed")
+    names = ("rise_best_of_16", "rise", "win_rate", "passed", "failed", "code")
     figures = {name: twin[name] for name in names if name in twin} if twin else bench.learn(
         preferences, defences, policies=policies
     )  # fmt: skip
     return {
-        **asdict(cell), "votes": bench.votes, "on": bench.lab.machine, "digest": same,
+        **asdict(cell), "votes": bench.votes, "on": machine, "digest": same,
         "base": round(bench.base_share, 4),
         "hostile": len(hostile), "caught": len(hostile & suspects), "wronged": len(suspects - hostile),
         **{name: round(figure, 4) if isinstance(figure, float) else figure for name, figure in figures.items()},

@@ -24,7 +24,7 @@ from typing import Any, TypeVar
 from rich.console import Console
 from rich.table import Table
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).resolve().parent / "results"
 README = Path(__file__).parents[1] / "README.md"
 END = "<!-- end -->\n"
 Row = dict[str, Any]
@@ -190,19 +190,22 @@ class Sheet:
             run: makes a cell's row, given the rows that there are.
             is_done: whether it has this row already.
         """
-        path = arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else self.path)
+        path = (arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else self.path)).resolve()
+        if arguments.quick and path == self.path:
+            sys.exit(f"{path} is of full cells: keep quick ones in another file.")
         console = Console()
         console.width = max(console.width, self.width)
         with alone(path) if arguments.cells else nullcontext():
             rows = read(path)
-            missing = [cell for cell in wanted if not any(is_done(cell, row) for row in rows)][: arguments.cells]
+            alike = [row for row in rows if row.get("quick", False) == arguments.quick]
+            missing = [cell for cell in wanted if not any(is_done(cell, row) for row in alike)][: arguments.cells]
             self._publish(path, rows)
             started, code = time.monotonic(), commit()
             for number, cell in enumerate(missing, start=1):
                 if time.monotonic() - started >= 60 * arguments.minutes:
                     break
                 console.print(f"{number} of {len(missing)}: {cell}")
-                row = run(cell, rows) | {"code": code}
+                row = {"code": code} | run(cell, rows) | ({"quick": True} if arguments.quick else {})
                 append(path, row)
                 rows = read(path)
                 self._publish(path, rows)

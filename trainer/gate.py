@@ -140,7 +140,7 @@ def _repetition(figures: _Figures, settings: GateSettings) -> Check:
 def _no_more(name: str, what: str, figures: _Figures, tolerance: float) -> Check:
     """A share of all answers that must not rise."""
     share, before, answers = figures[name], figures[f"incumbent_{name}"], figures.count("answers")
-    chance = _standard_error(share, before, answers)
+    chance = _standard_error(answers, share, before)
     threshold = before + tolerance + chance
     return Check(
         name, share, threshold, share <= threshold,
@@ -158,7 +158,8 @@ def _reward_model(figures: _Figures, settings: GateSettings) -> Check:
         figures.count("reward_pairs"),
     )
     baseline, whose = max((by_length, "length alone"), (0.5, "a coin"))
-    threshold = baseline + _standard_error(accuracy, baseline, pairs)
+    measured = (accuracy, by_length) if by_length > 0.5 else (accuracy,)  # what a coin is worth is known
+    threshold = baseline + _standard_error(pairs, *measured)
     return Check(
         "reward_model", accuracy, threshold, accuracy > threshold,
         f"The reward model is right about {accuracy:.1%} of {pairs} votes that it has not seen, and {whose} about"
@@ -184,7 +185,7 @@ def _no_less(kind: str, what: str, figures: _Figures, tolerance: float) -> Check
     share, answers = figures[kind], figures.count(f"{kind}_answers")
     bars = []
     for whose, before in (("the incumbent", figures[f"incumbent_{kind}"]), (BASE_POLICY, figures[f"base_{kind}"])):
-        chance = _standard_error(share, before, answers)
+        chance = _standard_error(answers, share, before)
         bars.append((before - tolerance - chance, whose, before, chance))
     threshold, whose, before, chance = max(bars, key=lambda bar: bar[0])  # of two alike, the incumbent's
     return Check(
@@ -194,10 +195,10 @@ def _no_less(kind: str, what: str, figures: _Figures, tolerance: float) -> Check
     )  # fmt: skip
 
 
-def _standard_error(share: float, other: float, count: int) -> float:
-    """Of the difference of two shares of `count` each. Answers to one question are alike, and so are two models that
+def _standard_error(count: int, *shares: float) -> float:
+    """Of a share of `count`, or of the difference of two. Answers to one question are alike, and so are two models that
     look at one vote: the truth is rather below this."""
-    return math.sqrt(max(0.0, share * (1 - share) + other * (1 - other)) / count)
+    return math.sqrt(max(0.0, sum(share * (1 - share) for share in shares)) / count)
 
 
 def _points(share: float) -> str:

@@ -262,6 +262,8 @@ def poisson_tail(count: int, mean: float) -> float:
     if mean <= 0:
         return 0.0
     term = math.exp(count * math.log(mean) - mean - math.lgamma(count + 1))
+    if not term and count < mean:
+        return 1.0  # so far below the mean that the first term is no number: the others are all there is
     total, k = 0.0, count
     while term > total * 1e-12:
         total, k = total + term, k + 1

@@ -72,7 +72,7 @@ class RewardConfig:
     side_term: bool = True
     """Learn what the place of an answer alone is worth to people; scores know nothing of it."""
     max_grad_norm: float = 1.0
-    """Of the whole gradient."""
+    """Of the gradient, but for the side's, which is clipped alone."""
     seed: int = 0
     """Of the heads, the adapter and the order of pairs."""
 
@@ -247,8 +247,10 @@ def train(
         model.log_nu.requires_grad_(False)
     model.side.requires_grad_(config.side_term)
     batches_an_epoch = -(-len(pairs) // config.batch)
+    # Sides are drawn by chance: clipped with the rest, their gradient would say how much a batch's answers count.
+    said = [p for p in model.parameters() if p.requires_grad and p is not model.side]
     optimizer = Optimizer(
-        [[p for p in model.parameters() if p.requires_grad]],
+        [said, [model.side]] if config.side_term else [said],
         learning_rate=config.learning_rate,
         steps=config.epochs * batches_an_epoch,
         accelerator=accelerator,
@@ -263,7 +265,7 @@ def train(
             for group in by_length([len(pair) for pair in mine], config.microbatch_tokens):
                 # Divided by the batch's own weight, one of a single rater's long chats would count in full.
                 sums += _backward([mine[i] for i in group], model, config, mean_weight * len(batch))
-            (norm,) = optimizer.step()
+            norm, *_ = optimizer.step()
             loss, right = (total(s, accelerator) for s in sums)
             accuracy = right / sum(pair.weight for pair in batch)
             side = float(model.first_bonus.detach())

@@ -108,6 +108,19 @@ def test_the_readme_shows_no_quick_run_and_nobody_elses_results(
     assert not SHEET.path.exists()
 
 
+def test_a_quick_cell_does_not_pass_for_a_full_one(
+    readme: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    others = tmp_path / "others.jsonl"
+    for given in (("--quick",), (), ("--quick",)):
+        go_on(arguments(monkeypatch, *given, "--results", str(others)))
+    assert [row.get("quick", False) for row in read(others)] == [True] * 3 + [False] * 3
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit, match="is of full cells"):
+        go_on(arguments(monkeypatch, "--quick", "--results", SHEET.path.name))
+    assert not SHEET.path.exists()
+
+
 def test_a_row_names_its_code(monkeypatch: pytest.MonkeyPatch) -> None:
     assert re.fullmatch(r"[0-9a-f]{7,}\+?|unknown", record.commit())
     monkeypatch.setenv("PATH", "")

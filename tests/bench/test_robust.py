@@ -278,8 +278,8 @@ def test_a_defence_is_held_against_the_same_votes_without_it() -> None:
     ]
     assert noise.gains(rows, "at random", 0.2, "reliability", "accuracy") == [pytest.approx(0.04)]
     assert noise.gains(rows, "at random", 0.2, "plain", "accuracy") == []
-    again = [row | {"accuracy": 0.1, "win_rate": 0.8} for row in rows if row["defence"] == "plain"]
-    assert noise.gains([*rows, *again], "at random", 0.2, "reliability", "accuracy") == [pytest.approx(0.04)]
+    again = [row | {"accuracy": 0.6, "win_rate": 0.8} for row in rows if row["defence"] == "plain"]
+    assert noise.gains([*rows, *again], "at random", 0.2, "reliability", "accuracy") == [pytest.approx(0.14)]
     assert set(noise.values([*rows, *again], "at random", 0.2, "plain", "win_rate").values()) == {0.8}
 
 

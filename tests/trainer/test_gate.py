@@ -132,6 +132,17 @@ def test_what_is_lost_to_the_probes_does_not_add_up_night_by_night() -> None:
     assert "93.0% of policy-0000's" in reason(reports[1])
 
 
+def test_chance_is_allowed_for_once_beside_a_coin_and_twice_beside_lengths() -> None:
+    """A coin is right half the time; what lengths alone are right about was counted on the same votes."""
+
+    def passes(accuracy: float, by_length: float) -> bool:
+        figures = {"reward_accuracy": accuracy, "reward_length_accuracy": by_length, "reward_pairs": 100.0}
+        return failed(judge(GOOD | figures, SETTINGS)) == []
+
+    assert (passes(0.54, 0.4), passes(0.56, 0.4)) == (False, True)
+    assert (passes(0.57, 0.501), passes(0.58, 0.501)) == (False, True)
+
+
 def test_nothing_known_fails_every_check() -> None:
     assert failed(judge({}, SETTINGS)) == CHECKS
     nothing = dict.fromkeys(GOOD, 0.0)

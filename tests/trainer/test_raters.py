@@ -285,4 +285,6 @@ def test_tails_agree_with_plain_sums() -> None:
         for k in (0, 1, 3, 20):
             assert poisson_tail(k, mean) == pytest.approx(sum(chances[k:]), rel=1e-9)
     assert poisson_tail(1, 0.0) == 0
+    assert poisson_tail(1, 800.0) == pytest.approx(poisson_tail(40, 800.0)) == pytest.approx(1)
+    assert poisson_tail(900, 800.0) < 1e-3
     assert (binomial_tail(1, 5, 0.0), binomial_tail(1, 5, 1.0)) == (0, 1)

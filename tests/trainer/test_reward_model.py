@@ -231,6 +231,19 @@ def test_what_a_place_is_worth_is_learned_and_is_no_part_of_a_score(tiny_backbon
     assert off.first_bonus.item() == 0
 
 
+def test_where_answers_stood_is_no_part_of_how_much_a_batch_teaches(tiny_backbone: MakeBackbone) -> None:
+    def first_norm(side_term: bool) -> float:
+        seen: list[float] = []
+        reward_model.train(
+            tiny_backbone(), "reward", [replace(pair, shown=1.0) for pair in make_pairs(8)],
+            RewardConfig(side_term=side_term), accelerator=Accelerator(),
+            on_step=lambda _, figures: seen.append(figures["grad_norm"]),
+        )  # fmt: skip
+        return seen[0]
+
+    assert first_norm(True) == first_norm(False)
+
+
 def test_length_alone_is_found_out(tiny_backbone: MakeBackbone) -> None:
     pairs = [p for p in make_pairs(200) if len(p.chosen.response) != len(p.rejected.response)]
     longer = [p if len(p.chosen) > len(p.rejected) else Pair(p.rejected, p.chosen) for p in pairs]

@@ -96,7 +96,7 @@ def record_vote(db: Database, comparison_id: str, judge: Judge) -> Duel | None:
         (wins, losses, ties, *figures, duel.id),
     )
     if (wins, losses) != (duel.wins, duel.losses):
-        # A changed vote may take a step of the curve back.
+        # Votes may go, with a person who is to be forgotten.
         db.execute("DELETE FROM duel_curve WHERE duel_id = ? AND votes >= ?", (duel.id, wins + losses))
         db.execute(
             "INSERT INTO duel_curve (duel_id, votes, e_value, e_mirrored, rate_low, rate_high, at)"
@@ -110,14 +110,17 @@ def record_vote(db: Database, comparison_id: str, judge: Judge) -> Duel | None:
 
 
 def _count(db: Database, duel: Duel) -> tuple[int, int, int]:
-    """(wins, losses, ties) of the challenger; both bad is a tie. Votes that a rater casts in quarantine do not count;
-    earlier ones do, or whoever flags raters could turn a duel round after the fact."""
-    for_challenger = "(choice = 'a') = (first.policy = :challenger)"
+    """(wins, losses, ties) of the challenger; both bad is a tie. A vote counts as it was first cast: its answer says
+    who wrote which, so a change after it is not blind. Votes that a rater casts in quarantine do not count; earlier
+    ones do, or whoever flags raters could turn a duel round after the fact."""
+    for_challenger = "(blind = 'a') = (first.policy = :challenger)"
     row = db.execute(
-        f"SELECT coalesce(sum(choice IN ('a', 'b') AND {for_challenger}), 0),"
-        f" coalesce(sum(choice IN ('a', 'b') AND NOT {for_challenger}), 0),"
-        " coalesce(sum(choice IN ('tie', 'both_bad')), 0)"
-        " FROM comparisons JOIN votes ON comparison_id = comparisons.id"
+        f"SELECT coalesce(sum(blind IN ('a', 'b') AND {for_challenger}), 0),"
+        f" coalesce(sum(blind IN ('a', 'b') AND NOT {for_challenger}), 0),"
+        " coalesce(sum(blind IN ('tie', 'both_bad')), 0)"
+        " FROM comparisons JOIN (SELECT *, coalesce((SELECT vote_history.choice FROM vote_history"
+        " WHERE vote_id = votes.id ORDER BY vote_history.rowid LIMIT 1), choice) AS blind FROM votes) AS votes"
+        " ON comparison_id = comparisons.id"
         " JOIN completions AS first ON first.id = comparisons.a WHERE duel_id = :duel"
         " AND NOT EXISTS (SELECT 1 FROM quarantines WHERE quarantines.key_id = votes.key_id AND status <> 'released'"
         " AND since <= votes.created_at)",

@@ -51,6 +51,11 @@ def authenticate(db: Database, token: str) -> Key | None:
     return _key(row[:-1])
 
 
+def is_live(db: Database, id_: str) -> bool:
+    """Whether there is such a key and nobody revoked it."""
+    return db.execute("SELECT 1 FROM keys WHERE id = ? AND revoked_at IS NULL", (id_,)).fetchone() is not None
+
+
 def list_all(db: Database) -> list[Key]:
     return [_key(row) for row in db.execute(f"SELECT {_COLUMNS} FROM keys ORDER BY id")]
 

@@ -87,7 +87,7 @@ class ChatRequest(BaseModel):
     """OpenAI's request, as far as vLLM serves it, and `feedback`. What is not named here is refused by name."""
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
-    model: str
+    model: Annotated[str, Field(max_length=200)]
     messages: Annotated[list[_Message], Field(min_length=1)]
     stream: bool | None = None
     stream_options: _StreamOptions | None = None

@@ -13,6 +13,8 @@ if TYPE_CHECKING:
 
     from data.settings import Settings
 
+CONTROLS = dict.fromkeys([*range(9), *range(11, 32), *range(127, 160)])
+"""For str.translate: without what a terminal takes for commands. What a model or a user wrote may hold some."""
 State = Annotated[Path | None, typer.Option("--state", help="The state folder. [default: var]", show_default=False)]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON for programs.")]
 
@@ -68,8 +70,11 @@ def print_rows(rows: list[dict[str, Any]], *, json: bool, columns: list[str], em
         return
     from rich.console import Console
     from rich.table import Table
+    from rich.text import Text
 
     table = Table(*columns, box=None, header_style="bold")
     for row in rows:
-        table.add_row(*("" if row[column] is None else str(row[column]) for column in columns))
+        # Text, not str: what a label or a message holds is not markup.
+        cells = ("" if row[column] is None else str(row[column]) for column in columns)
+        table.add_row(*(Text(cell.translate(CONTROLS)) for cell in cells))
     Console(width=10_000).print(table)  # a long line wraps; an id that is cut short is of no use

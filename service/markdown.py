@@ -3,6 +3,7 @@
 Raw HTML stays text, images become links (loading one would tell another host who reads), and what markdown-it-py makes
 of it passes through nh3's allow-list, so a fault in one of the two is not yet a hole."""
 
+import sys
 from collections.abc import Sequence
 from html import escape
 from typing import Any
@@ -33,6 +34,8 @@ def _image_as_link(renderer: RendererHTML, tokens: Sequence[Token], index: int, 
     return f'<a href="{escape(source)}">{escape(tokens[index].content or source)}</a>'
 
 
+# A row may leave cells out, so that a kilobyte of table could ask for a megabyte of empty ones.
+sys.modules["markdown_it.rules_block.table"].MAX_AUTOCOMPLETED_CELLS = 1_000  # type: ignore[attr-defined]
 _MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
 _MARKDOWN.add_render_rule("image", _image_as_link)
 

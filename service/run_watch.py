@@ -57,7 +57,7 @@ class RunWatch:
         self._seen: dict[str, int] = {}
         for part in after.split(","):
             stage, _, step = part.rpartition(":")
-            if stage and step.isdecimal():
+            if stage and step.isdecimal() and len(step) < 19:
                 self._seen[stage] = int(step)
         self._state: tuple[object, ...] = ()
         self.ended = False

@@ -10,7 +10,7 @@ from fastapi import APIRouter, Query, Request, Response
 from pydantic import BaseModel, ConfigDict, Field
 from sqlite_utils import Database
 
-from data import registry, runs
+from data import keys, registry, runs
 from data.database import connect
 from data.types import Key, Role, Run
 from service.auth import needs
@@ -91,21 +91,24 @@ async def cancel_run(id: str, request: Request, operator: Operator) -> dict[str,
 @router.get("/v1/runs/{id}/events")
 async def watch_run(id: str, request: Request, operator: Operator) -> Response:
     """Server-sent events: `status` at first and whenever status or stage change, `figures` for each step. Ends when the
-    run has ended. With the header Last-Event-ID it goes on after that event; after the last one the answer is 204."""
+    run has ended or the key is revoked. With the header Last-Event-ID it goes on after that event; after the last one
+    the answer is 204."""
     state = state_of(request)
     after = request.headers.get("last-event-id", "")
     if _find(state.reader, id).status in OVER and after.split(",")[-1] == END:
         return Response(status_code=204)  # which tells a browser not to come back
     watch = RunWatch(id, after=after)
 
-    def look() -> list[Event]:
+    def look() -> list[Event] | None:
         with closing(connect(state.settings.database)) as db:  # it may read thousands of figures: in a thread
-            return watch.look(db)
+            return watch.look(db) if keys.is_live(db, operator.id) else None
 
     async def respond(send: SendBytes) -> None:
         sent_at = time.monotonic()
         while True:
-            if events := await asyncio.to_thread(look):
+            if (events := await asyncio.to_thread(look)) is None:
+                raise ApiError(401, "This API key was revoked.", code="invalid_api_key")
+            if events:
                 await send(b"".join(map(_encode, events)), last=watch.ended)
                 sent_at = time.monotonic()
             elif time.monotonic() - sent_at > HEARTBEAT_S:

@@ -63,22 +63,27 @@ class Child:
     watcher: asyncio.Task[None] | None = None
 
     def log_tail(self, lines: int = 15) -> str:
-        return "\n".join(self.log.read_text(errors="replace").splitlines()[-lines:])
+        text = self.log.read_text(errors="replace") if self.log.exists() else "(there is none)"
+        return "\n".join(text.splitlines()[-lines:])
 
     async def watch(self) -> None:
         """Keep it running until `stop`."""
         backoff_s = FIRST_BACKOFF_S
         while not self.stopping:
             began = time.monotonic()
-            await self._spawn()
-            assert self.process is not None
-            status = await self.process.wait()
-            _kill_group(self.process.pid)  # its own children, should it have died without them
+            try:
+                await self._spawn()
+            except OSError as error:  # the disk is full, or no process can be made: the others may live on
+                end = f"cannot be started ({error})"
+            else:
+                assert self.process is not None
+                end = f"ended with status {await self.process.wait()}"
+                _kill_group(self.process.pid)  # its own children, should it have died without them
             if self.stopping:
                 return
             lived_s = time.monotonic() - began
             backoff_s = FIRST_BACKOFF_S if lived_s > STEADY_AFTER_S else min(2 * backoff_s, LONGEST_BACKOFF_S)
-            note(f"{self.name} ended with status {status}; starting it again in {backoff_s:.0f} s ({self.log})")
+            note(f"{self.name} {end}; starting it again in {backoff_s:.0f} s ({self.log})")
             await asyncio.sleep(backoff_s)
 
     async def _spawn(self) -> None:
@@ -130,7 +135,8 @@ def _kill_group(pid: int) -> None:
 
 
 def note(message: str) -> None:
-    print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
+    with suppress(OSError):  # it may be a file on the disk that is full
+        print(f"{time.strftime('%H:%M:%S')} {message}", file=sys.stderr, flush=True)
 
 
 async def up(
@@ -395,10 +401,13 @@ def on_cpu() -> bool:
 
 
 async def _until_ready(settings: Settings, children: list[Child], waiting: Callable[[str], None]) -> None:
-    """Return once /readyz answers 200. Raises StartError when a child cannot come up."""
+    """Return once /readyz answers 200. Raises StartError when a child cannot come up without which nobody is
+    answered."""
     url = f"{settings.server.url}/readyz"
     while True:
         for child in children:
+            if child.name not in ("engine", "API"):
+                continue
             if child.starts > ENGINE_STARTS or (child.starts == ENGINE_STARTS and _ended(child)):
                 raise StartError(f"The {child.name} does not come up. The end of {child.log}:\n{child.log_tail()}")
         problem = await asyncio.to_thread(_problem, url)

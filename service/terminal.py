@@ -14,6 +14,8 @@ from rich.live import Live
 from rich.panel import Panel
 from rich.text import Text
 
+from service.console import CONTROLS
+
 VOTE_KEYS = {"1": "a", "2": "b", "t": "tie", "b": "both_bad"}
 QUESTION = "Which is better? [1] left  [2] right  [t] tie  [b] both bad  [s] skip"
 TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
@@ -134,10 +136,11 @@ async def _turn(talk: Conversation, text: str, console: Console, *, json: bool) 
 
 
 def _picture(answers: list[str]) -> Text | Columns:
-    # Text, not str: what a model writes is not markup.
+    # Text, not str: what a model writes is not markup. Nor is it a command to the terminal.
+    shown = [Text(answer.translate(CONTROLS)) for answer in answers]
     if not answers[1]:
-        return Text(answers[0])
-    panels = [Panel(Text(answer), title=side) for side, answer in zip(("1", "2"), answers, strict=True)]
+        return shown[0]
+    panels = [Panel(text, title=side) for side, text in zip(("1", "2"), shown, strict=True)]
     return Columns(panels, equal=True, expand=True)
 
 

@@ -2,13 +2,13 @@
 Markdown made safe. No page or file of ours names another host, and the Content-Security-Policy allows none."""
 
 import hashlib
-from datetime import datetime
+from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Query, Request, Response
-from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AwareDatetime, BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from data import comparisons, conversations, keys, sessions
 from data.types import Choice, Key, Role, timestamp
@@ -20,6 +20,8 @@ from service.state import state_of
 router = APIRouter()
 User = Annotated[Key, needs(Role.USER)]
 
+LONGEST_MARKDOWN = 200_000
+"""Characters of one request. Some take tens of microseconds each, and the page shows as text what is not rendered."""
 PAGES = Path(__file__).parent / "pages"
 MEDIA_TYPES = {
     ".html": "text/html; charset=utf-8",
@@ -265,6 +267,13 @@ class MarkdownRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     texts: Annotated[list[_Text], Field(max_length=1000)]
 
+    @field_validator("texts")
+    @classmethod
+    def _is_soon_done(cls, texts: list[str]) -> list[str]:
+        if (length := sum(map(len, texts))) > LONGEST_MARKDOWN:
+            raise ValueError(f"{length:,} characters in all; {LONGEST_MARKDOWN:,} are rendered at a time")
+        return texts
+
 
 @router.post("/v1/markdown")
 def render_markdown(body: MarkdownRequest, key: User) -> dict[str, list[str]]:
@@ -277,5 +286,6 @@ async def count_votes(
     request: Request, key: Annotated[Key, needs(Role.RATER)], since: Annotated[AwareDatetime, Query()]
 ) -> dict[str, int]:
     """How many comparisons the caller has voted on since then."""
-    moment: datetime = since
+    # At either end of the calendar a zone leads out of it.
+    moment: datetime = min(max(since, datetime(1970, 1, 1, tzinfo=UTC)), datetime.now(UTC))
     return {"count": comparisons.count_votes(state_of(request).reader, key.id, since=timestamp(moment))}

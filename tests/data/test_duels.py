@@ -96,17 +96,20 @@ def test_the_curve_has_a_point_for_every_decisive_vote(duel: Duel, cast: Cast, d
     ]  # fmt: skip
 
 
-def test_a_changed_vote_is_counted_as_it_is_now(duel: Duel, cast: Cast, db: Database) -> None:
-    cast(NEW)
-    cast(NEW)
+def test_a_vote_counts_as_it_was_cast_before_its_answer_said_who_wrote_which(
+    duel: Duel, cast: Cast, db: Database
+) -> None:
+    cast("tie")
     changed = cast.comparison  # type: ignore[attr-defined]
-    after = cast(BASE_POLICY, on=changed)
+    for what in (NEW, BASE_POLICY, NEW):
+        after = cast(what, on=changed)
+        assert after is not None
+        assert (after.wins, after.losses, after.ties) == (0, 0, 1)
+    after = cast(BASE_POLICY)
+    cast(NEW, on=cast.comparison)  # type: ignore[attr-defined]
     assert after is not None
-    assert (after.wins, after.losses) == (1, 1)
-    after = cast("tie", on=changed)
-    assert after is not None
-    assert (after.wins, after.losses, after.ties) == (1, 0, 1)
-    assert [(point["votes"], point["e_value"]) for point in duels.curve(db, duel.id)] == [(1, 1.0)]
+    assert (after.wins, after.losses, after.ties) == (0, 1, 1)
+    assert [(point["votes"], point["e_value"]) for point in duels.curve(db, duel.id)] == [(1, 0.0)]
 
 
 def test_the_same_vote_again_changes_nothing(duel: Duel, cast: Cast, db: Database) -> None:

@@ -173,6 +173,17 @@ def test_keys_are_listed_whole_however_narrow_the_terminal(
     assert token not in listed.stdout
 
 
+def test_a_label_is_neither_markup_nor_a_command_to_the_terminal(nightshift: Command, db: Database) -> None:
+    labels = ["team [/ops]", "say [red]hello", "all\x1b[2J gone\x07"]
+    for label in labels:
+        assert nightshift("keys", "create", "--role", "user", "--label", label).exit_code == 0
+    listed = nightshift("keys", "list")
+    assert listed.exit_code == 0
+    for label in ("team [/ops]", "say [red]hello", "all[2J gone"):
+        assert label in listed.stdout
+    assert not {"\x1b", "\x07"} & set(listed.stdout)
+
+
 def test_keys_are_listed_as_json(nightshift: Command, make_key: MakeKey) -> None:
     key, token = make_key(Role.RATER)
     listed = nightshift("keys", "list", "--json")
@@ -455,6 +466,20 @@ async def test_one_key_votes(
     await converse(house)
     (vote,) = await house.rows("votes")
     assert vote["choice"] == choice
+
+
+async def test_an_answer_does_not_command_the_terminal(
+    house: House,
+    engine: FakeEngine,
+    typed: Callable[..., None],
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # for rich this is a terminal then
+    engine.answer = lambda body: say("Hi\x1b]0;owned\x07\x9b2J there")
+    typed(["Hello"], "")
+    await converse(house, feedback="off")
+    assert "Hi]0;owned2J there" in capsys.readouterr().out
 
 
 async def test_a_pair_can_be_skipped(house: House, engine: FakeEngine, typed: Callable[..., None]) -> None:

@@ -287,7 +287,7 @@ async def test_an_operator_may_promote_a_candidate_on_trial(
     assert engine.events.count(f"load {name}") == 1, "it was on the engine already"
 
 
-async def test_a_change_of_mind_counts_once(house: House, db: Database, add_policy: AddPolicy) -> None:
+async def test_a_change_of_mind_comes_too_late_for_a_duel(house: House, db: Database, add_policy: AddPolicy) -> None:
     name = add_policy()
     duel = await running(house, db)
     comparison, side = await ask(house)
@@ -295,7 +295,7 @@ async def test_a_change_of_mind_counts_once(house: House, db: Database, add_poli
     await house.vote(comparison, side[name])
     assert (duels.get(db, duel.id).wins, duels.get(db, duel.id).losses) == (1, 0)
     await house.vote(comparison, side[BASE_POLICY])
-    assert (duels.get(db, duel.id).wins, duels.get(db, duel.id).losses) == (0, 1)
+    assert (duels.get(db, duel.id).wins, duels.get(db, duel.id).losses) == (1, 0), "by then it is told who wrote which"
 
 
 async def test_two_processes_put_the_same_duel_before_people(

@@ -335,7 +335,7 @@ async def test_what_cannot_be_passed_on_is_400(house: House, engine: FakeEngine,
 @pytest.mark.parametrize("feedback", ["off", "always"])
 @pytest.mark.parametrize(
     "parameters",
-    [{"user": "\ud800"}, {"messages": [{"role": "user", "content": "\ud800"}]}],
+    [{"user": "\ud800"}, {"model": "\ud800"}, {"messages": [{"role": "user", "content": "\ud800"}]}],
     ids=lambda p: next(iter(p)),
 )
 async def test_half_a_character_is_400_wherever_it_stands(

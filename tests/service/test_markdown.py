@@ -31,6 +31,12 @@ def test_what_is_kept(text: str, html: str) -> None:
     assert render(text).strip() == html
 
 
+def test_a_row_that_leaves_its_cells_out_asks_for_no_megabyte() -> None:
+    assert render("|a|b|\n|-|-|\n|1|").count("<td>") == 2
+    text = "|a" * 256 + "\n" + "|-" * 256 + "\n" + "|\n" * 250
+    assert len(render(text)) < 20 * len(text)
+
+
 def test_tables_are_kept_without_their_styles() -> None:
     html = render("|a|b|\n|:-|-:|\n|1|2|")
     assert re.sub(r"\s", "", html) == (

@@ -9,7 +9,7 @@ import aiohttp
 import pytest
 from sqlite_utils import Database
 
-from data import runs
+from data import keys, runs
 from data.database import transaction
 from data.types import Role, RunStatus
 from service import runs as routes
@@ -73,6 +73,15 @@ async def watch(house: House, id: str, after: str | None = None) -> Stream:
     assert response.status == 200
     assert response.headers["Content-Type"].startswith("text/event-stream")
     return Stream(response)
+
+
+async def test_a_key_that_is_revoked_watches_no_longer(house: House, db: Database) -> None:
+    id = (await request(house)).json["id"]
+    stream = await watch(house, id)
+    assert await stream.next() is not None
+    with transaction(db):
+        keys.revoke(db, house.keys[Role.OPERATOR].id, actor="test")
+    assert b'"code":"invalid_api_key"' in await stream.response.content.read()
 
 
 async def test_a_run_is_asked_for_and_there_is_one_at_a_time(house: House) -> None:

@@ -59,6 +59,17 @@ async def test_a_child_that_dies_is_started_again(tmp_path: Path) -> None:
     assert child.starts == starts, "a stopped child was started again"
 
 
+async def test_a_child_that_cannot_be_started_is_tried_again(tmp_path: Path) -> None:
+    child = child_running("import sys; print('here'); sys.exit(3)", tmp_path)
+    child.log.mkdir()  # nothing can be written there
+    child.watcher = asyncio.create_task(child.watch())
+    await until(lambda: child.starts >= 2)
+    child.log.rmdir()
+    await until(lambda: child.log.exists() and "here" in child.log.read_text())
+    assert not child.watcher.done()
+    await child.stop()
+
+
 async def test_stopping_ends_the_grandchildren_too(tmp_path: Path) -> None:
     script = (
         "import os, pathlib, subprocess, sys, time\n"
@@ -129,6 +140,19 @@ async def test_an_engine_that_never_comes_up_ends_the_start_with_its_last_words(
         await supervisor.up(settings, make_key=True, waiting=lambda _: None, ready=lambda *_: None)
     with supervisor._only_one(settings.state):
         pass  # the lock is free again
+
+
+async def test_a_scorer_that_does_not_come_up_keeps_nobody_from_an_answer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scorer = child_running("raise SystemExit(3)", tmp_path)
+    scorer.name = "scorer"
+    scorer.starts = supervisor.ENGINE_STARTS + 1
+    answers = iter(["the engine starts", None])
+    monkeypatch.setattr(supervisor, "_problem", lambda url: next(answers))
+    waited: list[str] = []
+    await supervisor._until_ready(Settings(state=tmp_path), [scorer], waited.append)
+    assert waited == ["the engine starts"]
 
 
 async def test_an_engine_that_is_deaf_while_it_starts_is_not_waited_for(

@@ -277,6 +277,13 @@ async def test_half_a_surrogate_in_markdown_is_400(house: House) -> None:
     }
 
 
+async def test_so_much_markdown_is_rendered_at_a_time(house: House) -> None:
+    answer = await house.call("POST", "/v1/markdown", json={"texts": ["a" * 150_000, "b" * 50_001]})
+    assert answer.status == 400
+    assert "200,000 are rendered at a time" in answer.json["error"]["message"]
+    assert (await house.call("POST", "/v1/markdown", json={"texts": ["a" * 150_000, "b" * 50_000]})).status == 200
+
+
 # What the desk counts
 
 
@@ -285,3 +292,6 @@ async def test_votes_of_today_are_counted(house: House) -> None:
     assert (await house.call("GET", path, role=Role.RATER)).json == {"count": 0}
     assert (await house.call("GET", path)).status == 403
     assert (await house.call("GET", "/v1/votes/count?since=yesterday", role=Role.RATER)).status == 400
+    for end in ("0001-01-01T00:00:00%2B23:59", "9999-12-31T23:59:59-23:59"):
+        answer = await house.call("GET", f"/v1/votes/count?since={end}", role=Role.RATER)
+        assert (answer.status, answer.json) == (200, {"count": 0})

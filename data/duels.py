@@ -96,10 +96,8 @@ def record_vote(db: Database, comparison_id: str, judge: Judge) -> Duel | None:
         (wins, losses, ties, *figures, duel.id),
     )
     if (wins, losses) != (duel.wins, duel.losses):
-        # Votes may go, with a person who is to be forgotten.
-        db.execute("DELETE FROM duel_curve WHERE duel_id = ? AND votes >= ?", (duel.id, wins + losses))
         db.execute(
-            "INSERT INTO duel_curve (duel_id, votes, e_value, e_mirrored, rate_low, rate_high, at)"
+            "INSERT OR REPLACE INTO duel_curve (duel_id, votes, e_value, e_mirrored, rate_low, rate_high, at)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
             (duel.id, wins + losses, *figures, timestamp()),
         )

@@ -311,7 +311,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 f"{caught} of {hostile}" if hostile else "", str(wronged),
                 _points([row for row in ways["none"] if "rise" in row], "rise", of=len(SEEDS)),
                 _points([row for row in defended if "rise" in row], "rise", of=len(SEEDS)),
-                f"{sum(judged)} of {len(judged)}" if judged else "",
+                f"{sum(judged)} of {len(judged)}" if judged else "not tried" if share else "",
             ]
         )  # fmt: skip
     head = ["hostile votes", "accounts", "rise, nothing done", "quarantine alone", "weights alone", "all defences",

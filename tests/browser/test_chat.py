@@ -389,6 +389,31 @@ async def test_a_vote_that_was_kept_is_sent_when_the_page_is_opened_again(
     await expect(page.get_by_text("Your vote is kept")).to_have_count(0)
 
 
+async def test_a_vote_that_something_else_answers_is_kept_and_sent_later(
+    house: House, asked: FakeEngine, open_page: OpenPage
+) -> None:
+    """A hotel's network answers everything with 200 and its sign-in page."""
+    await always(house)
+    page = await open_page(house)
+    await page.route("**/vote", lambda route: route.fulfill(body="<!doctype html><p>Room number?"))
+    await page.reload()
+    await vote_once(page, house)
+    await expect(page.get_by_text("Your vote is kept in this browser and will be sent again.")).to_be_visible()
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the second answer")
+    await page.unroute("**/vote")
+    await page.reload()
+    await expect(page.get_by_text("Both were written by policy-0000.")).to_be_visible()
+    assert [row["choice"] for row in await house.rows("votes")] == ["b"]
+
+
+async def vote_once(page: Page, house: House) -> None:
+    """For the second answer, by a page that knows where the conversation is kept."""
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    await eventually(lambda: _has_pair(house))
+    await page.keyboard.press("ArrowRight")
+
+
 async def test_a_vote_that_arrives_late_disturbs_nothing_else(
     house: House, asked: FakeEngine, open_page: OpenPage
 ) -> None:

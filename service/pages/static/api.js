@@ -1,7 +1,7 @@
 // The service's API, with the session's cookie and its CSRF token.
 
 export class ApiError extends Error {
-  /** `status` 0: the service could not be reached. */
+  /** `status` 0: the service could not be reached, or its answer did not arrive. */
   constructor(message, status = 0, code = null) {
     super(message);
     this.status = status;
@@ -27,7 +27,13 @@ export async function openSession() {
 /** One request; its JSON, or null where the answer is empty. Throws ApiError. */
 export async function call(method, path, body) {
   const response = await send(method, path, body);
-  return response.status === 204 ? null : response.json();
+  if (response.status === 204) return null;
+  try {
+    return await response.json();
+  } catch {
+    // The connection broke within it, or what answered is not the service: a hotel's sign-in page, say.
+    throw new ApiError("The service's answer could not be read. See that you are online, then try again.");
+  }
 }
 
 /** The chunks of a streamed chat, up to its end. Throws ApiError, and AbortError when `signal` says so. */

@@ -162,6 +162,20 @@ async def test_a_desk_that_opens_with_a_vote_to_send_sends_it_before_it_asks_for
     assert [(row["comparison_id"], row["choice"]) for row in await house.rows("votes")] == [(queue[0], "a")]
 
 
+async def test_after_a_vote_that_another_window_sent_the_next_pair_comes(
+    house: House, open_page: OpenPage, queue: list[str]
+) -> None:
+    desk = await open_desk(house, open_page, "Question 0")
+    await desk.route("**/vote", lambda route: route.abort())
+    await desk.keyboard.press("ArrowLeft")
+    await expect(desk.get_by_role("heading", name="Your vote waits")).to_be_visible()
+    other = await desk.context.new_page()
+    await other.goto(f"{house.url}/rate")
+    await expect(desk.get_by_text("Question 1")).to_be_visible()
+    await expect(desk.get_by_text("Your vote is kept")).to_have_count(0)
+    assert [(row["comparison_id"], row["choice"]) for row in await house.rows("votes")] == [(queue[0], "a")]
+
+
 async def test_a_vote_that_is_refused_is_neither_counted_nor_offered_for_undo(
     house: House, open_page: OpenPage, queue: list[str], db: Database
 ) -> None:

@@ -456,8 +456,9 @@ session = await openPage();
 if (session) {
   outbox = new Outbox(session.key, {
     onSent: onVoteSent,
-    onKept: (error) => notice("vote", `Your vote is kept in this browser and will be sent again. ${error.message}`),
+    onKept: (error) => notice("kept", `Your vote is kept in this browser and will be sent again. ${error.message}`),
     onRefused: onVoteRefused,
+    onEmpty: () => notice("kept"),
   });
   find("composer").addEventListener("submit", (event) => {
     event.preventDefault();

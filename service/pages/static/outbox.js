@@ -9,11 +9,14 @@ export class Outbox {
   #sending = false;
   #timer = null;
 
-  /** `onSent(vote, answer)`; `onKept(error)` while votes wait; `onRefused(vote, error)` when one can never be cast. */
-  constructor(keyId, { onSent, onKept, onRefused }) {
+  // `onSent(vote, answer)`; `onKept(error)` while votes wait; `onRefused(vote, error)` when one can never be cast;
+  // `onEmpty()` when none waits any more, whichever window sent the last.
+  constructor(keyId, { onSent, onKept, onRefused, onEmpty }) {
     this.#name = `nightshift.votes.${keyId}`; // another user of this browser must not cast them
-    Object.assign(this, { onSent, onKept, onRefused });
+    Object.assign(this, { onSent, onKept, onRefused, onEmpty });
     addEventListener("online", () => this.send());
+    // Another window sends its own votes; all that matters here is that none waits any more.
+    addEventListener("storage", () => this.waiting.length || this.send());
     this.send();
   }
 
@@ -51,6 +54,7 @@ export class Outbox {
     } finally {
       this.#sending = false;
     }
+    this.onEmpty();
   }
 
   #forget(vote) {

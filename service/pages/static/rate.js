@@ -134,19 +134,9 @@ function showWaiting() {
       { class: "welcome" },
       el("h2", {}, "Your vote waits"),
       el("p", {}, "It is kept in this browser and sent as soon as the service can be reached; then the next pair comes."),
-      el("div", { class: "row" }, button("Send now", sendNow, { class: "strong" })),
+      el("div", { class: "row" }, button("Send now", () => outbox.send(), { class: "strong" })),
     ),
   );
-}
-
-async function sendNow() {
-  await outbox.send();
-  goOn(); // another window may have sent them
-}
-
-/** After the votes that waited, the next pair. */
-function goOn() {
-  if (waits && !outbox.waiting.length) next();
 }
 
 function showNoRater() {
@@ -167,14 +157,16 @@ if (session) {
     onSent: () => {
       notice("vote");
       showCount();
-      goOn();
     },
-    onKept: (error) => notice("vote", `Your vote is kept in this browser and will be sent again. ${error.message}`),
+    onKept: (error) => notice("kept", `Your vote is kept in this browser and will be sent again. ${error.message}`),
     onRefused: (vote, error) => {
       notice("vote", `A vote could not be cast. ${error.message}`);
       rated = rated.filter(({ task }) => task.id !== vote.comparison);
       showUndo();
-      goOn();
+    },
+    onEmpty: () => {
+      notice("kept");
+      if (waits) next();
     },
   });
   find("undo").addEventListener("click", undo);

@@ -2,9 +2,10 @@
 
 import asyncio
 import json
+from functools import partial
 
 import pytest
-from playwright.async_api import Page, Route, expect
+from playwright.async_api import Locator, Page, Route, expect
 from sqlite_utils import Database
 
 from data.types import Role, timestamp
@@ -100,6 +101,69 @@ async def _is_kept(house: House, text: str) -> bool:
 
 async def _refuse(route: Route, method: str) -> None:
     await (route.abort() if route.request.method == method else route.continue_())
+
+
+@pytest.fixture
+async def two_talks(house: House, engine: FakeEngine, open_page: OpenPage) -> tuple[Page, asyncio.Queue[Route]]:
+    """A page with the conversations "First" and "Second", the second one open; whatever is opened next waits in the
+    queue."""
+    page = await open_page(house)
+    opened: asyncio.Queue[Route] = asyncio.Queue()
+
+    async def hold(route: Route) -> None:
+        await (opened.put(route) if route.request.method == "GET" else route.continue_())
+
+    await page.route("**/v1/conversations/*", hold)
+    await page.reload()
+    engine.answer = lambda body: say(f"Of {body['messages'][0]['content']}")
+    for text in ("First", "Second"):
+        await page.get_by_role("button", name="New conversation").click()
+        await ask(page, text)
+        await eventually(partial(_is_kept, house, f"Of {text}"))
+        await expect(link_to(page, text)).to_have_attribute("aria-current", "page")
+    return page, opened
+
+
+def link_to(page: Page, title: str) -> Locator:
+    return page.get_by_role("navigation", name="Earlier conversations").get_by_role("link", name=title)
+
+
+async def test_what_is_asked_while_another_conversation_opens_stays_in_its_own(
+    house: House, engine: FakeEngine, two_talks: tuple[Page, asyncio.Queue[Route]]
+) -> None:
+    page, opened = two_talks
+    await link_to(page, "First").click()
+    route = await opened.get()
+    engine.answer = lambda body: Reply(choices=[["It was a dark", " and stormy night"]], hold_after=1)
+    await ask(page, "Third")
+    await expect(page.get_by_text("It was a dark")).to_be_visible()
+    await route.continue_()
+    await expect(page.get_by_text("Of First")).to_be_visible()
+    await eventually(lambda: _is_kept(house, "It was a dark"))
+    await expect(page.get_by_role("article")).to_have_count(2)
+    rows = {row["title"]: json.loads(row["messages"]) for row in await house.rows("conversations")}
+    assert {title: [turn["content"] for turn in turns] for title, turns in rows.items()} == {
+        "First": ["First", "Of First"],
+        "Second": ["Second", "Of Second", "Third", "It was a dark"],
+    }
+
+
+async def test_of_two_conversations_opened_at_once_the_last_one_stays(
+    house: House, engine: FakeEngine, two_talks: tuple[Page, asyncio.Queue[Route]]
+) -> None:
+    page, opened = two_talks
+    await page.get_by_role("button", name="New conversation").click()
+    await link_to(page, "First").click()
+    first = await opened.get()
+    await link_to(page, "Second").click()
+    await (await opened.get()).continue_()
+    await expect(page.get_by_text("Of Second")).to_be_visible()
+    async with page.expect_response(first.request.url):
+        await first.continue_()
+    await ask(page, "Third")
+    await eventually(lambda: _is_kept(house, "Third"))
+    await expect(page.get_by_text("Of Second").first).to_be_visible()
+    assert [message["content"] for message in engine.chats[-1].body["messages"]] == ["Second", "Of Second", "Third"]
 
 
 async def test_a_title_ends_before_an_emoji_or_after_it(house: House, engine: FakeEngine, open_page: OpenPage) -> None:

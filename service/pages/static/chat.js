@@ -152,9 +152,10 @@ function ask() {
 }
 
 async function writeAnswer(signal) {
+  const own = talk;
   showBusy();
   drawTalk();
-  save(talk);
+  save(own);
   announce("The answer is being written.");
   let follow = true;
   const onPaint = () => follow && scrollToEnd();
@@ -167,7 +168,7 @@ async function writeAnswer(signal) {
   let pair, turn, policy, comparison;
   const request = {
     model: session.model,
-    messages: talk.turns.map(({ role, content }) => ({ role, content })),
+    messages: own.turns.map(({ role, content }) => ({ role, content })),
     feedback: session.feedback === "always" ? "always" : "auto",
   };
   try {
@@ -199,10 +200,10 @@ async function writeAnswer(signal) {
     const text = texts.map((one) => one.text).find(Boolean) ?? ""; // of an active pair, the second side may begin
     turn = text && { role: "assistant", content: text, policy: policy ?? null, stopped: true, pair: null };
   }
-  if (turn) talk.turns.push(turn);
+  if (turn) own.turns.push(turn);
   await Promise.all(texts.map((text) => text.finish()));
   endAsking(noteScroll);
-  save(talk);
+  save(own);
   if (comparison && pair) {
     pair.open();
     openPair = pair;
@@ -254,6 +255,7 @@ function editTurn(article, turn, index) {
     event.preventDefault();
     if (!text.value.trim()) return;
     await stop();
+    if (talk.turns[index] !== turn) return; // another conversation was opened meanwhile
     talk.turns.splice(index);
     say(text.value.trim());
     message.focus();
@@ -272,10 +274,12 @@ function sendOnEnter(event, form) {
   form.requestSubmit();
 }
 
-/** Stop what is being written, and wait until it has been put down. */
+/** Stop what is being written, and wait until it has been put down; and what was asked meanwhile. */
 async function stop() {
-  asking?.abort();
-  await asked;
+  do {
+    asking?.abort();
+    await asked;
+  } while (asking);
 }
 
 // Voting
@@ -374,8 +378,9 @@ async function put(own) {
       // Deleted in another window: it goes on as a new one.
     }
   }
+  const before = own.id ?? ""; // while it is open and no other one is on its way, the address says so
   own.id = (await call("POST", "/v1/conversations", body)).id;
-  if (own === talk) history.replaceState(null, "", `#${own.id}`);
+  if (own === talk && location.hash.slice(1) === before) history.replaceState(null, "", `#${own.id}`);
 }
 
 async function drawList() {
@@ -419,20 +424,21 @@ async function remove(id, title) {
 async function openFromAddress() {
   const id = location.hash.slice(1);
   if (id === (talk.id ?? "")) return;
-  await stop();
   if (!id) return begin();
-  try {
-    const { title, messages } = await call("GET", `/v1/conversations/${encodeURIComponent(id)}`);
-    talk = { id, title, turns: messages };
-    const last = talk.turns.at(-1);
-    if (last?.pair?.choice === null && Date.now() > Date.parse(last.pair.expires_at)) settle(last, "skip");
-    await drawTalk();
-    if (last?.role === "user") showFailure(new Error("This message has no answer yet."));
-    scrollToEnd();
-  } catch (error) {
+  const { title, messages, error } = await call("GET", `/v1/conversations/${encodeURIComponent(id)}`).catch((error) => ({ error }));
+  await stop();
+  if (location.hash.slice(1) !== id || talk.id === id) return; // another one was opened meanwhile, or this one was
+  if (error) {
     await begin();
-    notice("open", `This conversation could not be opened. ${error.message}`);
+    return notice("open", `This conversation could not be opened. ${error.message}`);
   }
+  talk = { id, title, turns: messages };
+  const last = talk.turns.at(-1);
+  if (last?.pair?.choice === null && Date.now() > Date.parse(last.pair.expires_at)) settle(last, "skip");
+  const drawn = drawTalk();
+  if (last?.role === "user") showFailure(new Error("This message has no answer yet."));
+  await drawn;
+  scrollToEnd();
   drawList();
 }
 

@@ -478,6 +478,48 @@ async def vote_once(page: Page, house: House) -> None:
     await page.keyboard.press("ArrowRight")
 
 
+async def test_a_vote_that_arrived_while_its_conversation_was_not_open_is_told_when_it_is(
+    house: House, asked: FakeEngine, open_page: OpenPage
+) -> None:
+    await always(house)
+    page = await open_page(house)
+    await page.route("**/vote", lambda route: route.abort())
+    await page.reload()
+    await vote_once(page, house)
+    await expect(page.get_by_text("Your vote is kept in this browser")).to_be_visible()
+    await eventually(lambda: _is_kept(house, '"choice": "b"'))
+    await page.unroute("**/vote")
+    await page.goto(house.url)
+    await eventually(lambda: house.rows("votes"))
+    await page.get_by_role("navigation", name="Earlier conversations").get_by_role("link", name="Hello").click()
+    await expect(page.locator(".verdict")).to_contain_text("Both were written by policy-0000.")
+    assert [row["choice"] for row in await house.rows("votes")] == ["b"]
+    assert await house.rows("vote_history") == []
+
+
+async def test_a_late_change_of_a_vote_whose_arrival_was_not_seen_leaves_it_as_it_was(
+    house: House, asked: FakeEngine, open_page: OpenPage, db: Database
+) -> None:
+    await always(house)
+    page = await open_page(house)
+
+    async def lose_the_answer(route: Route) -> None:
+        await route.fetch()
+        await route.abort()
+
+    await page.route("**/vote", lose_the_answer)
+    await page.reload()
+    await vote_once(page, house)
+    await expect(page.get_by_text("Your vote is kept in this browser")).to_be_visible()
+    db.execute("UPDATE votes SET created_at = ?", (timestamp(plus_s=-3600),))
+    await page.unroute("**/vote")
+    await page.get_by_role("button", name="Change your vote").click()
+    await page.keyboard.press("ArrowLeft")
+    await expect(page.get_by_text("A vote could not be cast. You voted 'b'")).to_be_visible()
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the second answer. Both were written by")
+    assert [row["choice"] for row in await house.rows("votes")] == ["b"]
+
+
 async def test_a_vote_that_arrives_late_disturbs_nothing_else(
     house: House, asked: FakeEngine, open_page: OpenPage
 ) -> None:

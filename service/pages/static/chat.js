@@ -290,12 +290,14 @@ function settle(turn, choice) {
 }
 
 async function choose(turn, choice, comment) {
-  if (turn === changing && choice === "skip") choice = turn.pair.choice;
+  const earlier = turn.pair.choice;
+  if (turn === changing && choice === "skip") choice = earlier;
   openPair = changing = null;
   settle(turn, choice);
   turn.pair.policies = turn.policy = null;
   announce(`${SAID[choice]}.`);
-  if (choice !== "skip") outbox.add({ comparison: turn.pair.id, choice, comment });
+  notice("vote");
+  if (choice !== "skip") outbox.add({ comparison: turn.pair.id, choice, comment, earlier });
   save(talk);
   await drawTalk();
   message.focus({ preventScroll: true });
@@ -308,7 +310,6 @@ function changeVote(turn) {
 }
 
 function onVoteSent(vote, answer) {
-  notice("vote");
   const index = talk.turns.findIndex((one) => one.pair?.id === vote.comparison);
   const turn = talk.turns[index];
   if (!turn) return;
@@ -339,10 +340,21 @@ function onVoteRefused(vote, error) {
   const index = talk.turns.findIndex((one) => one.pair?.id === vote.comparison);
   const turn = talk.turns[index];
   if (!turn || turn.pair.choice !== vote.choice) return;
-  settle(turn, turn.pair.cast?.choice ?? "skip");
+  const unseen = error.code === "vote_is_final" ? vote.earlier : null; // it arrived, and no answer said so
+  settle(turn, turn.pair.cast?.choice ?? unseen ?? "skip");
   if (turn.pair.cast) showCast(turn);
+  confirmVotes();
   save(talk);
   if (turn !== changing) drawAgain(index);
+}
+
+/** Votes may have arrived unseen: the same vote again changes nothing, and its answer says who wrote which. */
+function confirmVotes() {
+  for (const { pair } of talk.turns) {
+    if (!pair || [null, "skip", pair.cast?.choice].includes(pair.choice)) continue;
+    if (outbox.waiting.some((vote) => vote.comparison === pair.id)) continue; // with its comment
+    outbox.add({ comparison: pair.id, choice: pair.choice, comment: null });
+  }
 }
 
 // Keeping
@@ -435,6 +447,7 @@ async function openFromAddress() {
   talk = { id, title, turns: messages };
   const last = talk.turns.at(-1);
   if (last?.pair?.choice === null && Date.now() > Date.parse(last.pair.expires_at)) settle(last, "skip");
+  confirmVotes();
   const drawn = drawTalk();
   if (last?.role === "user") showFailure(new Error("This message has no answer yet."));
   await drawn;

@@ -7,7 +7,7 @@ from axe_playwright_python.async_playwright import Axe
 from playwright.async_api import Locator, Page, expect
 from sqlite_utils import Database
 
-from data import duels, raters, runs
+from data import duels, raters, runs, swaps
 from data.database import transaction
 from data.settings import GateSettings
 from data.types import BASE_POLICY, DuelKind, PolicyStatus, Role, RunStatus
@@ -139,6 +139,27 @@ async def test_a_policy_is_promoted_and_rolled_back_by_button(
     await expect(policies.get_by_role("button", name=f"{name} rolled back")).to_be_visible()
     await expect(page.get_by_role("button", name="Roll back")).to_be_disabled()
     assert (await house.chat()).json["system_fingerprint"] == BASE_POLICY
+
+
+async def test_the_first_line_still_knows_what_serves_after_many_swaps_that_were_not_made(
+    open_house: OpenHouse,
+    engine: FakeEngine,
+    db: Database,
+    add_policy: AddPolicy,
+    add_pair: AddPair,
+    open_page: OpenPage,
+) -> None:
+    house = await open_house(engine, gate={"mode": "manual"})
+    await house.vote(add_pair(house.keys[Role.USER].id), "a")
+    name, another = add_policy(), add_policy()
+    await house.call("POST", f"/v1/policies/{name}/promote", role=Role.OPERATOR)
+    page = await open_page(house, "/board", role=Role.OPERATOR)
+    await expect(page.get_by_text(f"Yes: {name} serves; it took the place of {BASE_POLICY}")).to_be_visible()
+    with transaction(db):
+        for _ in range(10):
+            swaps.promote(db, another, actor="test", reason="try it")
+            swaps.promote(db, name, actor="test", reason="it stays")
+    await expect(page.get_by_text(f"Yes: {name} serves.")).to_be_visible()
 
 
 async def test_a_policy_that_no_engine_takes_is_said_loudly(

@@ -183,8 +183,11 @@ function verdict() {
   const now = serving();
   const latest = board.policies.at(-1);
   if (!total()) return ["Not yet: nobody has voted. ", el("a", { href: "/" }, "Chat"), " and vote on the pairs you are shown; comparisons.rate says how often the service asks."];
-  const swap = board.swaps.find((one) => one.flipped_at && one.policy === now?.name);
-  if (now && now.parent && swap) return [el("strong", {}, `Yes: ${now.name} serves`), `; it took the place of ${swap.replaced} `, when(swap.flipped_at), `. ${sentence(swap.reason)}`];
+  if (now?.parent) {
+    const swap = board.swaps.find((one) => one.flipped_at && one.policy === now.name); // if it is among the latest
+    const how = swap ? [`; it took the place of ${swap.replaced} `, when(swap.flipped_at), `. ${sentence(swap.reason)}`] : ["."];
+    return [el("strong", {}, `Yes: ${now.name} serves`), ...how];
+  }
   if (latest?.status === "trial") return `${latest.name} passed the gate and is on trial against ${now?.name ?? "nobody"}: votes decide.`;
   if (latest?.parent) return `Not yet: ${now?.name ?? "nothing"} serves. ${latest.problem ?? `${latest.name} is ${latest.status.replace("_", " ")}.`}`;
   const run = activeRun();

@@ -141,14 +141,16 @@ const promote = (name) =>
     `${name} is to serve.`,
   );
 
-const rollBack = () =>
-  ask(
+function rollBack() {
+  const from = serving().name; // another one may serve by the time that this is confirmed
+  return ask(
     `Go back to ${board.predecessor}?`,
-    `Every engine loads it, and then new requests take it in place of ${serving().name}.`,
+    `Every engine loads it, and then new requests take it in place of ${from}.`,
     "Roll back",
-    () => call("POST", "/v1/policies/rollback", {}),
+    () => call("POST", "/v1/policies/rollback", { from }),
     `${board.predecessor} is to serve again.`,
   );
+}
 
 async function changeSchedule(schedule) {
   const taken = await askForSchedule(schedule);

@@ -80,8 +80,9 @@ def set_status(db: Database, name: str, status: PolicyStatus, *, problem: str | 
     db.execute("UPDATE policies SET status = ?, problem = ? WHERE name = ?", (status, problem, name))
 
 
-def note_problem(db: Database, name: str, problem: str) -> None:
-    """Say what keeps a policy from going further; its next status takes it away again. Call inside a transaction."""
+def note_problem(db: Database, name: str, problem: str | None) -> None:
+    """Say what keeps a policy from going further; None, or its next status, takes it away again. Call inside a
+    transaction."""
     db.execute("UPDATE policies SET problem = ? WHERE name = ?", (problem, name))
 
 

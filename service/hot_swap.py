@@ -72,7 +72,7 @@ class _Task:
 
     policy: str
     to_serve: bool
-    """Else it goes on trial."""
+    """Else it goes on trial, or back to the engines that came back without it while its duel runs."""
 
 
 @dataclass(slots=True)
@@ -165,10 +165,15 @@ class HotSwap:
                     await self._wake.wait()
 
     def _next_task(self) -> _Task | None:
-        """What the record asks for: a promoted policy is to serve, or else a candidate is to go on trial."""
+        """What the record asks for: a promoted policy is to serve; or an engine lacks the challenger of the duel
+        that runs; or a candidate is to go on trial."""
         name = swaps.pending(self._reader)
         if name is not None:
             return _Task(name, to_serve=True)
+        if self.duel is not None:
+            challenger = registry.get(self._reader, self.duel.challenger)
+            if challenger.problem is not None or not self._engines.all_hold(challenger.name):
+                return _Task(challenger.name, to_serve=False)
         serving = registry.serving(self._reader)
         trial_runs = self.duel is not None and self.duel.kind is DuelKind.TRIAL
         if self._settings.gate.mode != "trial" or trial_runs or serving is None:
@@ -204,6 +209,8 @@ class HotSwap:
             if task.to_serve:
                 swap = await self._write(lambda db: swaps.begin(db, policy.name))
                 await self._swap(policy, swap)
+            elif _fights(self._reader, policy.name):
+                await self._give_back(policy)
             else:
                 await self._begin_trial(policy)
         except (Superseded, LostLease):
@@ -278,6 +285,23 @@ class HotSwap:
 
         self.duel = await self._write(begin)
         log.info("%s is on trial against %s", candidate.name, incumbent.name)
+
+    async def _give_back(self, challenger: Policy) -> None:
+        """To the engines in traffic that lack it: its duel waits for them. What keeps it is said of the challenger, and
+        taken back when they hold it."""
+        problem = None
+        try:
+            await self._engines.load(challenger, [engine for engine in self._engines.engines if engine.ready])
+        except (EngineProblem, *UNREADABLE) as error:
+            problem = f"its duel waits: {_words(error)}"
+            self._tell(f"{challenger.name} cannot be given back yet: {problem}")
+
+        def note(db: Database) -> None:
+            if _fights(db, challenger.name):
+                registry.note_problem(db, challenger.name, problem)
+
+        if problem != challenger.problem:
+            await self._write(note)
 
     # The holder of the lease: drain, and look after a new policy
 
@@ -367,6 +391,12 @@ class HotSwap:
         if problem != self._logged:
             log.warning("%s", problem)
         self._logged = problem
+
+
+def _fights(db: Database, name: str) -> bool:
+    """Whether it is the challenger of the duel that runs."""
+    duel = duels.running(db)
+    return duel is not None and duel.challenger == name
 
 
 def _words(error: Exception) -> str:

@@ -200,6 +200,30 @@ async def test_without_its_challenger_on_an_engine_a_duel_pauses(
     assert [row["kind"] for row in await house.rows("comparisons")] == ["same_policy"]
 
 
+async def test_an_engine_that_came_back_without_the_challenger_is_given_it_as_soon_as_it_takes_it(
+    open_house: OpenHouse, engine: FakeEngine, second_engine: FakeEngine, db: Database, add_policy: AddPolicy
+) -> None:
+    engine.answer = second_engine.answer = by_policy
+    house = await open_house(engine, second_engine, gate=ALL)
+    second = house.state.engines.engines[1]
+    await eventually(lambda: second.ready)
+    add_policy()
+    await running(house, db)
+    await second_engine.stop()
+    await eventually(lambda: not second.ready)
+    second_engine.refuses_load = Refusal(500, "no room for it")
+    second_engine.refuses_only = NEW
+    await second_engine.start()
+    await eventually(lambda: "no room for it" in (registry.get(db, NEW).problem or ""))
+    assert second.ready, "people need not wait for what only duels need"
+    assert status(db, NEW) is PolicyStatus.TRIAL
+    second_engine.refuses_load = None
+    await eventually(lambda: registry.get(db, NEW).problem is None)
+    assert NEW in second_engine.adapters
+    _, side = await ask(house)
+    assert side.keys() == {BASE_POLICY, NEW}
+
+
 async def test_an_engine_that_restarts_during_a_trial_gets_both_policies_back(
     house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
 ) -> None:

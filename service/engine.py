@@ -64,7 +64,7 @@ class Engine:
     warm: set[str] = field(default_factory=set)
     """Those of them that have answered once."""
     giving: asyncio.Lock = field(default_factory=asyncio.Lock)
-    """Held while a policy is loaded and warmed."""
+    """Held while a policy is loaded and warmed, or unloaded: nobody counts on one that is about to go."""
     in_flight: int = 0
     context_length: int | None = None
     """Tokens of prompt and answer together."""
@@ -369,17 +369,19 @@ class Engines:
         return {name for e in ready for name, root in e.held.items() if Path(root).parent == self._home}
 
     async def unload(self, name: str) -> None:
-        """Have every engine in traffic forget a policy; another is asked when it is back. Raises EngineProblem."""
-        holding = [engine for engine in self.engines if engine.ready and name in engine.held]
-        await asyncio.gather(*(self._unload(engine, name) for engine in holding))
+        """Have every engine in traffic forget a policy; another is asked when it is back, or has loaded what it loads
+        now. Raises EngineProblem."""
+        free = [engine for engine in self.engines if engine.ready and not engine.giving.locked()]
+        await asyncio.gather(*(self._unload(engine, name) for engine in free if name in engine.held))
 
     async def _unload(self, engine: Engine, name: str) -> None:
         url = f"{engine.url}/v1/unload_lora_adapter"
-        with suppress(aiohttp.ClientError, TimeoutError):
-            async with self._http.post(url, json={"lora_name": name}, timeout=HEALTH_TIMEOUT) as response:
-                if response.status not in (200, 404):
-                    raise EngineProblem(f"it does not let {name} go", (await response.text())[:500])
-            engine.held.pop(name, None)
+        async with engine.giving:
+            with suppress(aiohttp.ClientError, TimeoutError):
+                async with self._http.post(url, json={"lora_name": name}, timeout=HEALTH_TIMEOUT) as response:
+                    if response.status not in (200, 404):
+                        raise EngineProblem(f"it does not let {name} go", (await response.text())[:500])
+                engine.held.pop(name, None)
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> ApiError:

@@ -319,10 +319,7 @@ class HotSwap:
     async def _drain(self) -> None:
         """Unload what no engine needs any more."""
         now, poll_s = time.monotonic(), self._settings.engine.poll_s
-        kept = {policy.name for policy in swaps.wanted(self._reader)} | {swaps.pending(self._reader)}
-        if self._task is not None:
-            kept.add(self._task.policy)
-        unwanted = self._engines.held() - kept
+        unwanted = self._engines.held() - self._kept()
         self._unwanted = {name: self._unwanted.get(name, now) for name in unwanted}
         for name, since in self._unwanted.items():
             # Other processes find out at their next look, and may have sent requests until then.
@@ -330,9 +327,16 @@ class HotSwap:
                 continue
             if now - since < self._settings.chat.timeout_s and await self._engines.busy_with(name):
                 continue
+            if name in self._kept():  # somebody went back to it meanwhile
+                continue
             await self._engines.unload(name)
             await self._write(partial(swaps.drained, name=name))
             log.info("%s has left the engines", name)
+
+    def _kept(self) -> set[str | None]:
+        """The policies that engines must not forget: what serves, duels, is to serve, or is being loaded."""
+        kept = {policy.name for policy in swaps.wanted(self._reader)} | {swaps.pending(self._reader)}
+        return kept | {self._task.policy} if self._task is not None else kept
 
     async def _compare_with_predecessor(self) -> None:
         """Go back by ourselves where more answers fail, or stay without an end, than under the predecessor."""

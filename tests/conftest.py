@@ -170,6 +170,7 @@ class FakeEngine:
         """The one policy that `refuses_load` is about."""
         self.load_gate: asyncio.Event | None = None
         """Loads wait for it."""
+        self.unload_gate: asyncio.Event | None = None
         self.dies_at_load = False
         self.refuses_warm_up: Refusal | None = None
         self.warm_up_gate: asyncio.Event | None = None
@@ -239,6 +240,9 @@ class FakeEngine:
 
     async def _unload(self, request: web.Request) -> web.Response:
         name = (await request.json())["lora_name"]
+        if self.unload_gate is not None:
+            self.events.append(f"is to unload {name}")
+            await self.unload_gate.wait()
         if self.adapters.pop(name, None) is None:
             return _error(Refusal(404, f"The lora adapter '{name}' cannot be found."), "NotFoundError")
         self.events.append(f"unload {name}")

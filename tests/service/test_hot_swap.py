@@ -24,6 +24,7 @@ from tests.conftest import (
     eventually,
     has_drained,
     has_looked,
+    rounds,
     say,
 )
 
@@ -503,6 +504,43 @@ async def test_a_way_back_is_not_held_up_by_a_swap_that_hangs(
     assert "promoted after it" in str(registry.get(db, second).problem)
     engine.load_gate.set()
     await eventually(lambda: engine.adapters.keys() == {BASE_POLICY})
+
+
+async def test_a_policy_that_somebody_goes_back_to_just_before_it_leaves_stays(
+    open_house: OpenHouse, engine: FakeEngine, add_policy: AddPolicy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    house = await open_house(engine, gate=NO_WATCH)
+    asked, answered = asyncio.Event(), asyncio.Event()
+
+    async def at_leisure(name: str) -> bool:
+        asked.set()
+        await answered.wait()
+        return False
+
+    monkeypatch.setattr(house.state.engines, "busy_with", at_leisure)
+    await promote(house, add_policy())
+    await asked.wait()
+    assert (await roll_back(house)).status == 202
+    await serves(house, BASE_POLICY)
+    answered.set()
+    await eventually(lambda: "unload policy-0001" in engine.events)
+    assert "unload policy-0000" not in engine.events
+
+
+async def test_a_policy_that_somebody_goes_back_to_while_it_leaves_is_loaded_anew(
+    open_house: OpenHouse, engine: FakeEngine, add_policy: AddPolicy
+) -> None:
+    house = await open_house(engine, gate=NO_WATCH)
+    engine.unload_gate = asyncio.Event()
+    await promote(house, add_policy())
+    await eventually(lambda: "is to unload policy-0000" in engine.events)
+    assert (await roll_back(house)).status == 202
+    await rounds(house, "_set_to_work")
+    assert await fingerprint(house) == "policy-0001"
+    engine.unload_gate.set()
+    await serves(house, BASE_POLICY)
+    assert engine.events[engine.events.index("unload policy-0000") + 1] == "load policy-0000"
+    assert await fingerprint(house) == BASE_POLICY
 
 
 @pytest.mark.parametrize(

@@ -45,17 +45,20 @@ def promote(db: Database, name: str, *, actor: str, reason: str) -> Swap:
     return _insert(db, name, actor, reason)
 
 
-def roll_back(db: Database, *, actor: str, reason: str) -> Swap:
-    """Decide that the predecessor of the policy that serves is to serve again. Call inside a transaction. Raises
+def roll_back(db: Database, *, actor: str, reason: str, seen: str | None = None) -> Swap:
+    """Decide that the predecessor of the policy that serves is to serve again; with `seen`, only where that one still
+    serves, or two who go back at once would go back two policies. Call inside a transaction. Raises CannotPromote."""
+    return promote(db, predecessor(db, seen), actor=actor, reason=reason)
+
+
+def predecessor(db: Database, seen: str | None = None) -> str:
+    """The policy that the one that serves took the place of, when it first did; `seen` as in `roll_back`. Raises
     CannotPromote."""
-    return promote(db, predecessor(db), actor=actor, reason=reason)
-
-
-def predecessor(db: Database) -> str:
-    """The policy that the one that serves took the place of, when it first did. Raises CannotPromote."""
     serving = registry.serving(db)
     if serving is None or serving.status is not PolicyStatus.SERVING:
         raise CannotPromote("Nothing serves yet: there is nothing to go back from.")
+    if seen not in (None, serving.name):
+        raise CannotPromote(f"{seen} does not serve any more, {serving.name} does. Go back from that if it is no good.")
     row = db.execute(
         # Going back from policy-0002 to policy-0001 made it replace policy-0002: the way back from there leads on.
         "SELECT replaced FROM swaps WHERE policy = ? AND flipped_at IS NOT NULL AND replaced < policy"

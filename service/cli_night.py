@@ -361,14 +361,17 @@ def policies_promote(name: str, reason: Reason = ASKED_FOR, state: State = None,
 @policies_app.command("rollback")
 def policies_rollback(reason: Reason = ASKED_FOR, state: State = None, json: Json = False) -> None:
     """Let the predecessor of the version that serves serve again."""
-    from data import swaps
+    from data import registry, swaps
 
     with open_record(state) as db:
+        serving = registry.serving(db)
+        seen = serving.name if serving else None
         try:
-            name = swaps.predecessor(db)
+            name = swaps.predecessor(db, seen)
         except swaps.CannotPromote as error:
             raise fail(str(error)) from None
-        _serve(db, name, lambda: swaps.roll_back(db, actor="cli", reason=reason), state=state, json=json)
+        typer.echo(f"Going back from {seen} to {name}", err=True)
+        _serve(db, name, lambda: swaps.roll_back(db, actor="cli", reason=reason, seen=seen), state=state, json=json)
 
 
 def _serve(db: "Database", name: str, decide: Callable[[], "Swap"], *, state: Path | None, json: bool) -> None:

@@ -25,6 +25,10 @@ class Why(BaseModel):
     reason: Annotated[str, Field(min_length=1, max_length=500)] = "an operator asked for it"
 
 
+class WayBack(Why):
+    seen: Annotated[str | None, Field(alias="from")] = None
+
+
 @router.get("/v1/policies")
 async def list_policies(request: Request, operator: Operator) -> dict[str, Any]:
     policies = registry.list_policies(state_of(request).reader)
@@ -68,16 +72,17 @@ async def promote(name: str, request: Request, operator: Operator, body: Why | N
 
 
 @router.post("/v1/policies/rollback", status_code=202)
-async def roll_back(request: Request, operator: Operator, body: Why | None = None) -> dict[str, Any]:
-    """Let the predecessor of the policy that serves serve again."""
+async def roll_back(request: Request, operator: Operator, body: WayBack | None = None) -> dict[str, Any]:
+    """Let the predecessor of the policy that serves serve again. `from`: the one that serves, as the caller saw it; 409
+    where another does by now, so that two who ask at once go back one policy."""
     state = state_of(request)
+    body = body or WayBack()
     try:
-        name = swaps.predecessor(state.reader)
+        name = swaps.predecessor(state.reader, body.seen)
     except swaps.CannotPromote as error:
         raise _cannot(str(error)) from None
     await _check_folder(state, registry.get(state.reader, name))
-    reason = (body or Why()).reason
-    return await _decide(state, lambda db: swaps.roll_back(db, actor=operator.id, reason=reason))
+    return await _decide(state, lambda db: swaps.roll_back(db, actor=operator.id, reason=body.reason, seen=body.seen))
 
 
 @router.get("/v1/duels")

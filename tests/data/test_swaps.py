@@ -122,6 +122,20 @@ def test_the_predecessor_is_the_one_that_the_serving_policy_first_took_over_from
         swaps.predecessor(db)
 
 
+def test_who_goes_back_from_what_serves_no_more_does_not(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    for name in (add_policy(), add_policy()):
+        promote(db, name)
+        flip(db, name)
+    promote(db, "policy-0001")
+    with transaction(db):
+        assert swaps.roll_back(db, actor="key_1", reason="because", seen="policy-0002").policy == "policy-0001"
+    flip(db, "policy-0001")
+    with pytest.raises(swaps.CannotPromote, match="policy-0002 does not serve any more"), transaction(db):
+        swaps.roll_back(db, actor="key_1", reason="because", seen="policy-0002")
+    assert swaps.pending(db) is None
+
+
 def test_of_what_was_asked_for_the_last_word_counts(db: Database, add_policy: AddPolicy) -> None:
     flip(db, BASE_POLICY)
     one, two = add_policy(), add_policy()

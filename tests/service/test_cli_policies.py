@@ -84,6 +84,7 @@ async def test_a_version_is_promoted_and_rolled_back_while_the_service_runs(
     assert (await house.chat()).json["system_fingerprint"] == name
     back = await asyncio.to_thread(nightshift, "policies", "rollback", "--reason", "rude", "--json")
     assert back.exit_code == 0
+    assert f"Going back from {name} to {BASE_POLICY}" in back.stderr
     shown = json.loads(back.stdout)
     assert shown["policy"] == BASE_POLICY
     assert shown["seconds"] < 2.0

@@ -472,6 +472,21 @@ async def test_going_back_twice_goes_back_two_policies(house: House, db: Databas
     assert (await roll_back(house)).status == 409
 
 
+async def test_of_two_who_go_back_from_what_they_saw_serve_one_does(
+    house: House, db: Database, add_policy: AddPolicy
+) -> None:
+    for name in (add_policy(), add_policy()):
+        await promote(house, name)
+        await serves(house, name)
+    assert (await roll_back(house, **{"from": "policy-0002"})).json["policy"] == "policy-0001"
+    await serves(house, "policy-0001")
+    late = await roll_back(house, **{"from": "policy-0002"})
+    assert (late.status, late.json["error"]["code"]) == (409, "cannot_promote")
+    assert "policy-0002 does not serve any more, policy-0001 does" in late.json["error"]["message"]
+    assert swaps.pending(db) is None
+    assert (await roll_back(house, **{"from": "policy-0001"})).json["policy"] == BASE_POLICY
+
+
 async def test_the_way_back_does_not_wait_for_an_engine_that_is_away(
     open_house: OpenHouse, engine: FakeEngine, second_engine: FakeEngine, db: Database, add_policy: AddPolicy
 ) -> None:

@@ -157,9 +157,11 @@ def curve(db: Database, id: str) -> list[dict[str, Any]]:
 
 
 def trials_since_last_swap(db: Database) -> int:
-    """How many trials, votes and all, the policy that serves has stood since it began to."""
+    """How many trials, votes and all, the policy that serves has stood since the last duel under another. The order of
+    the rows tells, not their times: a clock that was ahead may have been set right."""
     row = db.execute(
-        "SELECT count(*) FROM duels WHERE kind = 'trial' AND wins + losses > 0"
-        " AND started_at >= (SELECT coalesce(max(flipped_at), '') FROM swaps)"
+        "WITH other AS (SELECT rowid FROM duels WHERE incumbent NOT IN (SELECT name FROM policies"
+        " WHERE status = 'serving')) SELECT count(*) FROM duels WHERE kind = 'trial' AND wins + losses > 0"
+        " AND rowid > (SELECT coalesce(max(rowid), 0) FROM other)"
     ).fetchone()
     return int(row[0])

@@ -14,7 +14,7 @@ from data.ids import new_id
 from data.types import Run, RunStatus, timestamp
 
 HEARTBEAT_STALE_S = 60.0
-"""A running run whose heartbeat is older than this has no process any more."""
+"""A running run whose heartbeat is older than this, or further ahead, has no process any more."""
 
 _COLUMNS = (
     "id, status, requested_by, config, stage, pid, heartbeat_at, cancel_requested_at, error, created_at, started_at,"
@@ -114,8 +114,8 @@ def give_up_the_dead(db: Database) -> list[str]:
     """Mark running runs without a fresh heartbeat as failed; their ids. Call inside a transaction."""
     rows = db.execute(
         "UPDATE runs SET status = 'failed', ended_at = ?, error = 'Its process died. Start another run: nothing of this"
-        " one is in use.' WHERE status = 'running' AND heartbeat_at < ? RETURNING id",
-        (timestamp(), timestamp(plus_s=-HEARTBEAT_STALE_S)),
+        " one is in use.' WHERE status = 'running' AND heartbeat_at NOT BETWEEN ? AND ? RETURNING id",
+        (timestamp(), timestamp(plus_s=-HEARTBEAT_STALE_S), timestamp(plus_s=HEARTBEAT_STALE_S)),
     )
     return [row[0] for row in rows.fetchall()]
 

@@ -22,6 +22,8 @@ MONTHS = ("jan", "feb", "mar", "apr", "may", "jun", "jul", "aug", "sep", "oct", 
 WEEKDAYS = ("sun", "mon", "tue", "wed", "thu", "fri", "sat")
 UNITS_S = {"s": 1, "m": 60, "h": 3_600, "d": 86_400}
 SHORTEST = timedelta(seconds=1)
+AHEAD_S = 60.0
+"""A clock that is set back by less asks for no run twice."""
 FURTHEST_DAYS = 40 * 366
 """A cron expression that matches no day of these never will: the calendar repeats after 28 years."""
 
@@ -379,6 +381,12 @@ def come_due(db: Database, schedule: Schedule, *, now: datetime | None = None) -
         (timestamp(since), timestamp(due_at), run_id, schedule.id),
     )
     return run_id
+
+
+def set_right(db: Database) -> None:
+    """Have those that count from a time to come, since a clock was ahead, count from now: nothing would be due before
+    that time. Call inside a transaction."""
+    db.execute("UPDATE schedules SET since = ? WHERE since > ?", (timestamp(), timestamp(plus_s=AHEAD_S)))
 
 
 def record_problem(db: Database, id: str, problem: str | None) -> None:

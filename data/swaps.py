@@ -2,7 +2,9 @@
 
 Somebody decides that a policy is to serve (`promote`, `roll_back`, or a duel's verdict through `settle`): it becomes
 `promoted`, with a row that says who and why. The service loads it on every engine, and then `flip` makes it the one
-that serves. What happens between the two may be lost in a crash: the row is still there, and the work begins again."""
+that serves. What happens between the two may be lost in a crash: the row is still there, and the work begins again.
+
+The order of the rows tells what came later, not their times: a clock that was ahead may have been set right."""
 
 from sqlite_utils import Database
 
@@ -62,7 +64,7 @@ def predecessor(db: Database, seen: str | None = None) -> str:
     row = db.execute(
         # Going back from policy-0002 to policy-0001 made it replace policy-0002: the way back from there leads on.
         "SELECT replaced FROM swaps WHERE policy = ? AND flipped_at IS NOT NULL AND replaced < policy"
-        " ORDER BY flipped_at DESC LIMIT 1",
+        " ORDER BY rowid DESC LIMIT 1",
         (serving.name,),
     ).fetchone()
     if row is None:
@@ -93,7 +95,7 @@ def break_off(db: Database, *, reason: str) -> None:
 
 
 _PENDING = (
-    " FROM policies LEFT JOIN (SELECT policy, max(requested_at) AS requested FROM swaps WHERE flipped_at IS NULL"
+    " FROM policies LEFT JOIN (SELECT policy, max(rowid) AS requested FROM swaps WHERE flipped_at IS NULL"
     " GROUP BY policy) ON policy = name WHERE status = 'promoted'"
 )
 
@@ -118,7 +120,7 @@ def begin(db: Database, name: str) -> Swap:
 
 def _open(db: Database, name: str, actor: str, reason: str) -> Swap:
     row = db.execute(
-        f"SELECT {_COLUMNS} FROM swaps WHERE policy = ? AND flipped_at IS NULL ORDER BY requested_at DESC LIMIT 1",
+        f"SELECT {_COLUMNS} FROM swaps WHERE policy = ? AND flipped_at IS NULL ORDER BY rowid DESC LIMIT 1",
         (name,),
     ).fetchone()
     return Swap(*row) if row else _insert(db, name, actor, reason)
@@ -208,6 +210,7 @@ def list_swaps(db: Database, *, policy: str | None = None, limit: int = 50) -> l
 def latest(db: Database) -> Swap | None:
     """The swap that brought in what serves."""
     row = db.execute(
-        f"SELECT {_COLUMNS} FROM swaps WHERE flipped_at IS NOT NULL ORDER BY flipped_at DESC, id DESC LIMIT 1"
+        f"SELECT {_COLUMNS} FROM swaps WHERE flipped_at IS NOT NULL"
+        " AND policy = (SELECT name FROM policies WHERE status = 'serving') ORDER BY rowid DESC LIMIT 1"
     ).fetchone()
     return Swap(*row) if row else None

@@ -119,9 +119,10 @@ class Clock:
             self._trouble = str(error)
 
     def _is_awake(self) -> bool:
-        """Whether the machine's time has gone on evenly for a while: a sleep stops one of its two clocks."""
+        """Whether the machine's time has gone on evenly for a while: a sleep stops one of its two clocks, and only the
+        other can be set."""
         (wall, steady), self._looked = self._looked, (time.time(), time.monotonic())
-        if self._looked[0] - wall > self._looked[1] - steady + WAKE_S:
+        if abs(self._looked[0] - wall - (self._looked[1] - steady)) > WAKE_S:
             self._wakes_until = self._looked[1] + WAKE_S
         return self._looked[1] >= self._wakes_until
 
@@ -135,6 +136,7 @@ class Clock:
             self._holds = leases.acquire(self._db, LEASE, self._holder, for_s=LEASE_S)
             if give_up:
                 runs.give_up_the_dead(self._db)
+                schedules.set_right(self._db)
         self._renewed = time.monotonic()
         if self._holds != held:
             log.info("This clock ticks" if self._holds else "Another clock ticks")

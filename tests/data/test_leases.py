@@ -39,6 +39,12 @@ def test_a_lease_that_ran_out_is_anybodys(db: Database) -> None:
     assert not acquired(db, "one"), "who was only slow has lost it"
 
 
+def test_a_lease_from_a_clock_that_was_ahead_is_anybodys(db: Database) -> None:
+    assert acquired(db, "one", for_s=3600)
+    assert acquired(db, "two", for_s=6)
+    assert not acquired(db, "one", for_s=6)
+
+
 def test_a_renewal_lasts_from_its_own_moment(db: Database) -> None:
     assert acquired(db, "one", for_s=-1)
     assert acquired(db, "one")

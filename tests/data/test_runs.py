@@ -69,11 +69,13 @@ def test_a_queued_run_is_cancelled_at_once_and_a_running_one_is_asked(db: Databa
         runs.cancel(db, "run_nothing", actor="cli")
 
 
-def test_a_run_whose_process_died_makes_room_for_the_next(db: Database) -> None:
+@pytest.mark.parametrize("heartbeat", ["2020-01-01T00:00:00.000Z", "2920-01-01T00:00:00.000Z"])
+def test_a_run_whose_process_died_makes_room_for_the_next(db: Database, heartbeat: str) -> None:
+    """Also where the clock was ahead when it did."""
     dead = requested(db)
     with transaction(db):
         runs.claim(db)
-        db.execute("UPDATE runs SET heartbeat_at = '2020-01-01T00:00:00.000Z'")
+        db.execute("UPDATE runs SET heartbeat_at = ?", (heartbeat,))
     assert requested(db) != dead
     assert runs.get(db, dead).status is RunStatus.FAILED
     assert "process died" in (runs.get(db, dead).error or "")

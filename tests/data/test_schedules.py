@@ -284,6 +284,20 @@ def test_votes_wait_for_the_end_of_a_run_that_began_without_them(db: Database) -
     assert come_due(db, schedule, "2026-01-10 15:00") is not None
 
 
+def test_what_counts_from_a_time_to_come_counts_from_now(db: Database) -> None:
+    """A clock was a month ahead, and came due in it."""
+    ahead = [add(db, *of, since=timestamp(plus_s=30 * 86_400)) for of in (
+        (ScheduleKind.EVERY, "1d"), (ScheduleKind.CRON, "0 3 * * *"), (ScheduleKind.VOTES, "1"),
+    )]  # fmt: skip
+    a_little = add(db, ScheduleKind.EVERY, "1d", since=timestamp(plus_s=30))
+    with transaction(db):
+        schedules.set_right(db)
+    tomorrow = datetime.now(UTC) + timedelta(days=1)
+    cast_votes(db, 1, timestamp(plus_s=1))
+    assert all(schedules.is_due(db, schedules.get(db, schedule.id), tomorrow) for schedule in ahead)
+    assert schedules.get(db, a_little.id) == a_little, "or what came due just now would again"
+
+
 def test_of_four_who_answer_the_same_200_times_at_once_one_does_each_time(tmp_path: Path, db: Database) -> None:
     """None of them holds a lease: the row itself sees to it."""
     schedule = add(db, ScheduleKind.EVERY, "1h", since="2026-01-10T12:00:00.000Z")

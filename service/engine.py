@@ -24,6 +24,8 @@ log = logging.getLogger("nightshift.engine")
 HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=10)
 LOAD_TIMEOUT = aiohttp.ClientTimeout(total=300)
 CHAT_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
+BACK_S = 1.5
+"""What an engine gets to say that it holds the policy that people go back to."""
 MISSED_CHECKS = 3
 """Health checks in a row that a busy engine may let time out before it counts as gone."""
 
@@ -251,7 +253,7 @@ class Engines:
                 await self._give(engine, policy, await asyncio.to_thread(self._folder_of, policy))
             except (EngineProblem, *UNREADABLE) as error:  # people need not wait for what only duels need
                 log.warning("%s goes without %s: %s", engine.url, policy.name, error)
-        if self._wanted()[0].name not in engine.held:
+        if self._wanted()[0].name not in engine.warm:
             engine.wake.set()  # another policy came to serve in the meantime
             return
         engine.ready, engine.problem, engine.logged = True, "", ""
@@ -344,6 +346,28 @@ class Engines:
             raise type(error)(f"engine {number}: {error}", error.raw) from error
         why = f"engine {number} does not answer"
         raise EngineProblem(why, f"{engine.url}: {error or type(error).__name__}") from error
+
+    async def load_back(self, policy: Policy) -> None:
+        """Load a policy on the engines in traffic, which should hold it still: nobody who goes back waits for one that
+        hangs. Where some do hold it, who does not say so within BACK_S gets no more traffic before it has what serves.
+
+        Raises as `load` does, where none holds it and one of them fails."""
+        ready = [engine for engine in self.engines if engine.ready]
+        if not ready:
+            raise EngineProblem("no engine is ready", "the log of the engines says why")
+        loads = [asyncio.create_task(self.load(policy, [engine])) for engine in ready]
+        try:
+            done, late = await asyncio.wait(loads, timeout=BACK_S)
+            if all(load.exception() for load in done):
+                await asyncio.gather(*loads)
+                return
+        finally:
+            for load in loads:
+                load.cancel()
+        for engine, load in zip(ready, loads, strict=True):
+            if load in late or load.exception():
+                why = "it is late" if load in late else str(load.exception())
+                engine.lost(f"it does not go back to {policy.name}", why)
 
     async def busy_with(self, name: str) -> bool:
         """Whether a request of this policy still runs or waits, ours or another process's."""

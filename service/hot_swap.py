@@ -228,12 +228,10 @@ class HotSwap:
     async def _swap(self, policy: Policy, swap: Swap) -> None:
         began = time.monotonic()
         before = registry.serving(self._reader)
-        onward = before is not None and policy.name > before.name
-        # The way back does not wait for an engine that is away: it gets what serves before it gets traffic.
-        needed = [engine for engine in self._engines.engines if engine.ready or onward]
-        if not needed:
-            raise EngineProblem("no engine is ready", "the log of the engines says why")
-        await self._engines.load(policy, needed)
+        if before is not None and policy.name > before.name:
+            await self._engines.load(policy, self._engines.engines)
+        else:  # the way back waits for no engine that is away or hangs
+            await self._engines.load_back(policy)
 
         gate = self._settings.gate
 

@@ -164,6 +164,8 @@ class FakeEngine:
         self.answer: Callable[[dict[str, Any]], Reply | Refusal] = lambda body: Reply()
         self.go_on = asyncio.Event()
         self.health = 200
+        self.hangs: asyncio.Event | None = None
+        """What is asked of its state, by health checks say, waits for it."""
         self.models: Callable[[], web.Response] | None = None
         self.refuses_load: Refusal | None = None
         self.refuses_only: str | None = None
@@ -208,9 +210,13 @@ class FakeEngine:
         self.adapters.clear()
 
     async def _health(self, request: web.Request) -> web.Response:
+        if self.hangs is not None:
+            await self.hangs.wait()
         return web.Response(status=self.health)
 
     async def _models(self, request: web.Request) -> web.Response:
+        if self.hangs is not None:
+            await self.hangs.wait()
         if self.models is not None:
             return self.models()
         base = {"id": "base", "object": "model", "root": "/models/base", "max_model_len": self.max_model_len}

@@ -505,6 +505,50 @@ async def test_the_way_back_does_not_wait_for_an_engine_that_is_away(
     assert second_engine.events[:2] == ["load policy-0000", "warm policy-0000"]
 
 
+async def test_the_way_back_does_not_wait_for_an_engine_that_hangs(
+    open_house: OpenHouse, engine: FakeEngine, second_engine: FakeEngine, add_policy: AddPolicy
+) -> None:
+    house = await open_house(engine, second_engine, gate=MANUAL)
+    second = house.state.engines.engines[1]
+    name = add_policy()
+    await promote(house, name)
+    await serves(house, name)
+    second_engine.hangs = asyncio.Event()
+    assert second.ready
+    assert (await roll_back(house)).status == 202
+    await serves(house, BASE_POLICY)
+    assert not second.ready
+    assert await fingerprint(house) == BASE_POLICY
+    second_engine.hangs.set()
+    await eventually(lambda: second.ready)
+    assert second_engine.events[-1] == "warm policy-0000", "it has what serves before it gets traffic"
+
+
+async def test_a_way_back_that_no_engine_holds_any_more_takes_the_time_that_it_takes(
+    open_house: OpenHouse,
+    engine: FakeEngine,
+    second_engine: FakeEngine,
+    add_policy: AddPolicy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.engine.BACK_S", 0.0)
+    house = await open_house(engine, second_engine, gate=NO_WATCH)
+    name = add_policy()
+    await promote(house, name)
+    await serves(house, name)
+    for one in (engine, second_engine):
+        await eventually(lambda one=one: "unload policy-0000" in one.events)
+        one.load_gate = asyncio.Event()
+    assert (await roll_back(house)).status == 202
+    await eventually(lambda: len(engine.loads) == len(second_engine.loads) == 3)
+    assert await fingerprint(house) == name
+    for one in (engine, second_engine):
+        assert one.load_gate is not None
+        one.load_gate.set()
+    await serves(house, BASE_POLICY)
+    assert all(one.ready for one in house.state.engines.engines)
+
+
 async def test_a_way_back_is_not_held_up_by_a_swap_that_hangs(
     house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
 ) -> None:

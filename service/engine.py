@@ -406,6 +406,7 @@ class Engines:
                     if response.status not in (200, 404):
                         raise EngineProblem(f"it does not let {name} go", (await response.text())[:500])
                 engine.held.pop(name, None)
+                engine.warm.discard(name)
 
 
 async def _refusal(response: aiohttp.ClientResponse) -> ApiError:

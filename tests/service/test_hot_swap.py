@@ -599,7 +599,8 @@ async def test_a_policy_that_somebody_goes_back_to_while_it_leaves_is_loaded_ane
     assert await fingerprint(house) == "policy-0001"
     engine.unload_gate.set()
     await serves(house, BASE_POLICY)
-    assert engine.events[engine.events.index("unload policy-0000") + 1] == "load policy-0000"
+    gone = engine.events.index("unload policy-0000")
+    assert engine.events[gone + 1 : gone + 3] == ["load policy-0000", "warm policy-0000"]
     assert await fingerprint(house) == BASE_POLICY
 
 

@@ -148,9 +148,10 @@ def _say_of_open(db: Database, name: str, problem: str) -> None:
 
 
 def refuse(db: Database, name: str, problem: str) -> None:
-    """Give a policy up that cannot be served. Call inside a transaction."""
-    note_problem(db, name, problem)
-    registry.set_status(db, name, PolicyStatus.REJECTED, problem=problem)
+    """Give a policy up that cannot be served, unless it serves or was given up by now. Call inside a transaction."""
+    if registry.get(db, name).status in (PolicyStatus.PROMOTED, PolicyStatus.CANDIDATE):
+        note_problem(db, name, problem)
+        registry.set_status(db, name, PolicyStatus.REJECTED, problem=problem)
 
 
 def wanted(db: Database) -> list[Policy]:

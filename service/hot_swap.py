@@ -218,7 +218,13 @@ class HotSwap:
         except (PolicyRefused, RegistryError) as error:
             problem = _words(error)
             self._tell(f"{task.policy} cannot be served: {problem}")
-            await self._write(lambda db: swaps.refuse(db, task.policy, problem))
+
+            def refuse(db: Database) -> None:
+                self._check_lease(db)
+                swaps.refuse(db, task.policy, problem)
+
+            with suppress(LostLease):
+                await self._write(refuse)
         except (EngineProblem, *UNREADABLE) as error:
             problem = _words(error)
             self._tell(f"{task.policy} cannot be loaded yet: {problem}")

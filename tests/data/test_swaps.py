@@ -100,6 +100,19 @@ def test_an_open_swap_is_continued_and_a_new_promotion_is_a_new_swap(db: Databas
     assert registry.get(db, name).problem is None
 
 
+def test_what_serves_or_was_given_up_is_not_refused(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    name = add_policy()
+    promote(db, name)
+    promote(db, BASE_POLICY)
+    before = registry.list_policies(db)
+    with transaction(db):
+        for policy in before:
+            swaps.refuse(db, policy.name, "it is broken")
+    assert registry.list_policies(db) == before
+    assert [policy.status for policy in before] == [PolicyStatus.SERVING, PolicyStatus.RETIRED]
+
+
 def test_the_predecessor_is_the_one_that_the_serving_policy_first_took_over_from(
     db: Database, add_policy: AddPolicy
 ) -> None:

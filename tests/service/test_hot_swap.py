@@ -406,6 +406,22 @@ async def test_of_two_processes_on_one_record_one_swaps_and_both_follow(
     assert sum(house.state.hot_swap._leads for house in houses) == 1
 
 
+async def test_who_lost_the_lease_while_an_engine_refused_turns_nothing_away(
+    house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.load_gate = asyncio.Event()
+    engine.refuses_load = Refusal(500, "no room")
+    name = add_policy(PolicyStatus.PROMOTED)
+    await eventually(lambda: len(engine.loads) == 2)
+    with transaction(db):
+        db.execute("UPDATE leases SET holder = 'another', until = ?", (timestamp(plus_s=LEASE_S),))
+    engine.load_gate.set()
+    await eventually(lambda: "no room" in caplog.text)
+    await has_looked(house)
+    assert status(db, name) is PolicyStatus.PROMOTED
+    assert "went wrong" not in caplog.text
+
+
 async def test_who_lost_the_lease_while_loading_flips_nothing(
     house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
 ) -> None:

@@ -42,6 +42,9 @@ def promote(db: Database, name: str, *, actor: str, reason: str) -> Swap:
     if policy.status is PolicyStatus.PROMOTED and pending(db) == name:
         return _open(db, name, actor, reason)
     break_off(db, reason=f"{name} is to serve ({reason})")
+    serving = registry.serving(db)
+    if serving is not None and serving.status is PolicyStatus.SERVING:
+        _overtake(db, f"{name} was promoted after it", but_trained_after=name)
     registry.set_status(db, name, PolicyStatus.PROMOTED)
     audit.record(db, actor=actor, action="policy.promote", subject=name)
     return _insert(db, name, actor, reason)

@@ -56,6 +56,7 @@ def test_the_last_that_was_asked_for_is_pending_and_overtakes_the_others(db: Dat
     for name in (one, three, two):
         promote(db, name)
     assert swaps.pending(db) == "policy-0002"
+    assert statuses(db) == ["serving", "retired", "promoted", "retired"]
     flip(db, "policy-0002")
     assert statuses(db) == ["retired", "retired", "serving", "retired"]
     assert swaps.pending(db) is None
@@ -83,7 +84,21 @@ def test_a_swap_that_was_overtaken_is_not_made(db: Database, add_policy: AddPoli
     promote(db, newer)
     with pytest.raises(swaps.Superseded), transaction(db):
         swaps.flip(db, swap)
-    assert registry.get(db, older).status is PolicyStatus.PROMOTED
+    assert registry.get(db, older).status is PolicyStatus.RETIRED
+
+
+def test_a_last_word_that_is_refused_brings_nothing_back_that_it_overtook(db: Database, add_policy: AddPolicy) -> None:
+    flip(db, BASE_POLICY)
+    one, two, three = (add_policy() for _ in range(3))
+    for name in (one, two):
+        promote(db, name)
+        flip(db, name)
+    promote(db, three)
+    with transaction(db):
+        swaps.roll_back(db, actor="key_1", reason="because")
+        swaps.refuse(db, one, "it is broken")
+    assert swaps.pending(db) is None
+    assert registry.serving(db) == registry.get(db, two)
 
 
 def test_an_open_swap_is_continued_and_a_new_promotion_is_a_new_swap(db: Database, add_policy: AddPolicy) -> None:

@@ -193,6 +193,12 @@ def _overtake(db: Database, reason: str, *, but_trained_after: str | None = None
             _say_of_open(db, name, reason)
 
 
+def undrained(db: Database) -> set[str]:
+    """The policies whose place another took, and that some engine may still hold."""
+    rows = db.execute("SELECT replaced FROM swaps WHERE replaced IS NOT NULL AND drained_at IS NULL")
+    return {row[0] for row in rows}
+
+
 def drained(db: Database, name: str) -> None:
     """Every engine has let `name` go. Call inside a transaction."""
     db.execute(

@@ -334,8 +334,11 @@ class HotSwap:
             if name in self._kept():  # somebody went back to it meanwhile
                 continue
             await self._engines.unload(name)
-            await self._write(partial(swaps.drained, name=name))
             log.info("%s has left the engines", name)
+        if self._engines.problems:  # who is away may still hold anything
+            return
+        for name in swaps.undrained(self._reader) - self._engines.held() - self._kept():
+            await self._write(partial(swaps.drained, name=name))
 
     def _kept(self) -> set[str | None]:
         """The policies that engines must not forget: what serves, duels, is to serve, or is being loaded."""

@@ -116,6 +116,22 @@ async def test_streams_that_run_end_on_the_old_policy_and_new_ones_take_the_new(
     assert rows == {"policy-0000 says this": "policy-0000", "policy-0001 says": "policy-0001"}
 
 
+async def test_a_policy_has_left_an_engine_that_restarted_too(
+    open_house: OpenHouse, engine: FakeEngine, db: Database, add_policy: AddPolicy
+) -> None:
+    house = await open_house(engine, gate=NO_WATCH)
+    engine._run("policy-0000", 1)
+    await promote(house, add_policy())
+    await serves(house, "policy-0001")
+    await has_drained(house)
+    assert latest(db).drained_at is None
+    await engine.stop()
+    await eventually(lambda: not house.state.engines.ready)
+    await engine.start()
+    await eventually(lambda: latest(db).drained_at is not None)
+    assert "unload policy-0000" not in engine.events
+
+
 async def test_an_engine_that_another_process_still_uses_keeps_the_old_policy(
     open_house: OpenHouse, engine: FakeEngine, add_policy: AddPolicy
 ) -> None:

@@ -92,7 +92,6 @@ class Cron:
     weekdays: frozenset[int]
     either_day: bool
     """Where both day fields say something, a day that matches one of them will do."""
-    every_hour: bool
 
     @classmethod
     def parse(cls, expression: str) -> "Cron":
@@ -111,16 +110,15 @@ class Cron:
             _numbers(month, "month", 1, 12, MONTHS),
             _numbers(weekday, "day of the week", 0, 6, WEEKDAYS),
             either_day=not day.startswith("*") and not weekday.startswith("*"),
-            every_hour=hour == "*",
         )
 
     def next_after(self, moment: datetime, zone: ZoneInfo) -> datetime:
         """Raises BadSchedule where there is none.
 
         A time that the change to summer time skips comes an hour later. One that the change back repeats comes once, or
-        twice where the expression says every hour."""
+        twice where the expression says every hour, however it is spelled."""
         day = moment.astimezone(zone).date()
-        folds = (0, 1) if self.every_hour else (0,)
+        folds = (0, 1) if len(self.hours) == 24 else (0,)
         for _ in range(FURTHEST_DAYS):
             if self._on(day):
                 times = (time(hour, minute, fold=f) for hour in self.hours for minute in self.minutes for f in folds)

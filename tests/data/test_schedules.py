@@ -129,8 +129,9 @@ def test_the_change_of_clocks_neither_loses_a_run_nor_doubles_it() -> None:
     assert spring == ["Sun 2026-03-29 03:30", "Mon 2026-03-30 02:30"], "half past two did not exist"
     autumn = times("30 2 * * *", "2026-10-24 12:00", 2)
     assert autumn == ["Sun 2026-10-25 02:30", "Mon 2026-10-26 02:30"], "half past two came twice"
-    hourly = times("0 * * * *", "2026-10-25 01:30", 3)
-    assert hourly == ["Sun 2026-10-25 02:00", "Sun 2026-10-25 02:00", "Sun 2026-10-25 03:00"]
+    for every_hour in ("*", "*/1", "0-23"):
+        hourly = times(f"0 {every_hour} * * *", "2026-10-25 01:30", 3)
+        assert hourly == ["Sun 2026-10-25 02:00", "Sun 2026-10-25 02:00", "Sun 2026-10-25 03:00"]
 
 
 @pytest.mark.parametrize(

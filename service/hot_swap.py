@@ -165,21 +165,22 @@ class HotSwap:
                     await self._wake.wait()
 
     def _next_task(self) -> _Task | None:
-        """What the record asks for: a promoted policy is to serve; or an engine lacks the challenger of the duel
-        that runs; or a candidate is to go on trial."""
+        """What the record asks for: a promoted policy is to serve; or a candidate is to go on trial; or an engine lacks
+        the challenger of the duel that runs."""
         name = swaps.pending(self._reader)
         if name is not None:
             return _Task(name, to_serve=True)
-        if self.duel is not None:
-            challenger = registry.get(self._reader, self.duel.challenger)
-            if challenger.problem is not None or not self._engines.all_hold(challenger.name):
-                return _Task(challenger.name, to_serve=False)
         serving = registry.serving(self._reader)
         trial_runs = self.duel is not None and self.duel.kind is DuelKind.TRIAL
-        if self._settings.gate.mode != "trial" or trial_runs or serving is None:
+        if self._settings.gate.mode == "trial" and not trial_runs and serving is not None:
+            candidate = registry.next_for_trial(self._reader)
+            if candidate is not None:
+                return _Task(candidate.name, to_serve=False)
+        if self.duel is None:
             return None
-        candidate = registry.next_for_trial(self._reader)
-        return _Task(candidate.name, to_serve=False) if candidate else None
+        challenger = registry.get(self._reader, self.duel.challenger)
+        waits = challenger.problem is not None or not self._engines.all_hold(challenger.name)
+        return _Task(challenger.name, to_serve=False) if waits else None
 
     def _set_to_work(self, task: _Task | None) -> None:
         if self._work is not None and self._work.done():
@@ -209,7 +210,7 @@ class HotSwap:
             if task.to_serve:
                 swap = await self._write(lambda db: swaps.begin(db, policy.name))
                 await self._swap(policy, swap)
-            elif _fights(self._reader, policy.name):
+            elif self.duel is not None and self.duel.challenger == policy.name:
                 await self._give_back(policy)
             else:
                 await self._begin_trial(policy)
@@ -291,7 +292,7 @@ class HotSwap:
         log.info("%s is on trial against %s", candidate.name, incumbent.name)
 
     async def _give_back(self, challenger: Policy) -> None:
-        """To the engines in traffic that lack it: its duel waits for them. What keeps it is said of the challenger, and
+        """To the engines in traffic that lack it: its duel waits for them. What keeps it is said of one on trial, and
         taken back when they hold it."""
         problem = None
         try:
@@ -301,7 +302,7 @@ class HotSwap:
             self._tell(f"{challenger.name} cannot be given back yet: {problem}")
 
         def note(db: Database) -> None:
-            if _fights(db, challenger.name):
+            if registry.get(db, challenger.name).status is PolicyStatus.TRIAL:
                 registry.note_problem(db, challenger.name, problem)
 
         if problem != challenger.problem:
@@ -334,7 +335,8 @@ class HotSwap:
             if name in self._kept():  # somebody went back to it meanwhile
                 continue
             await self._engines.unload(name)
-            log.info("%s has left the engines", name)
+            if name not in self._engines.held():
+                log.info("%s has left the engines", name)
         if self._engines.problems:  # who is away may still hold anything
             return
         for name in swaps.undrained(self._reader) - self._engines.held() - self._kept():
@@ -402,12 +404,6 @@ class HotSwap:
         if problem != self._logged:
             log.warning("%s", problem)
         self._logged = problem
-
-
-def _fights(db: Database, name: str) -> bool:
-    """Whether it is the challenger of the duel that runs."""
-    duel = duels.running(db)
-    return duel is not None and duel.challenger == name
 
 
 def _words(error: Exception) -> str:

@@ -414,6 +414,23 @@ async def test_a_trial_ends_the_watch(
     await eventually(lambda: engine.adapters.keys() == {"policy-0001", "policy-0002"})
 
 
+async def test_a_watch_that_waits_for_an_engine_keeps_no_candidate_from_its_trial(
+    house: House, engine: FakeEngine, db: Database, promoted: Promoted, add_policy: AddPolicy
+) -> None:
+    await promoted(house)
+    await running(house, db, DuelKind.WATCH)
+    await engine.stop()
+    await eventually(lambda: not house.state.engines.ready)
+    engine.refuses_load = Refusal(500, "no room for it")
+    engine.refuses_only = BASE_POLICY
+    await engine.start()
+    await eventually(lambda: [load["lora_name"] for load in engine.loads].count(BASE_POLICY) >= 3)
+    assert status(db, BASE_POLICY) is PolicyStatus.RETIRED
+    assert registry.get(db, BASE_POLICY).problem is None
+    add_policy()
+    assert (await running(house, db)).challenger == "policy-0002"
+
+
 # Back by itself, without a vote
 
 

@@ -11,14 +11,20 @@ from data.types import timestamp
 
 def acquire(db: Database, name: str, holder: str, *, for_s: float) -> bool:
     """Take the lease, or renew it where `holder` has it already, until `for_s` seconds from now; False while it is
-    another's. One that would last longer than that is from a clock that was ahead, and nobody's. Call inside a
-    transaction."""
+    another's. One that would last more than twice as long is from a clock that was ahead, and nobody's. Call inside
+    a transaction."""
     now = timestamp()
     row = db.execute(
         "INSERT INTO leases (name, holder, until) VALUES (:name, :holder, :until)"
         " ON CONFLICT (name) DO UPDATE SET holder = :holder, until = :until"
-        " WHERE leases.holder = :holder OR leases.until <= :now OR leases.until > :until RETURNING name",
-        {"name": name, "holder": holder, "until": timestamp(plus_s=for_s), "now": now},
+        " WHERE leases.holder = :holder OR leases.until <= :now OR leases.until > :ahead RETURNING name",
+        {
+            "name": name,
+            "holder": holder,
+            "until": timestamp(plus_s=for_s),
+            "now": now,
+            "ahead": timestamp(plus_s=2 * for_s),
+        },
     ).fetchone()
     return row is not None
 

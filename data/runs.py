@@ -40,7 +40,7 @@ def _run(row: tuple[Any, ...]) -> Run:
 
 def request(db: Database, *, requested_by: str, config: dict[str, Any]) -> Run:
     """Queue a run. Raises RunActive. Call inside a transaction."""
-    give_up_the_dead(db)
+    give_up_the_dead(db, but_living=True)
     id_ = new_id("run")
     try:
         db.execute(
@@ -110,14 +110,35 @@ def record_death(db: Database, id: str, *, pid: int, error: str) -> bool:
     return row is not None
 
 
-def give_up_the_dead(db: Database) -> list[str]:
-    """Mark running runs without a fresh heartbeat as failed; their ids. Call inside a transaction."""
-    rows = db.execute(
-        "UPDATE runs SET status = 'failed', ended_at = ?, error = 'Its process died. Start another run: nothing of this"
-        " one is in use.' WHERE status = 'running' AND heartbeat_at NOT BETWEEN ? AND ? RETURNING id",
-        (timestamp(), timestamp(plus_s=-HEARTBEAT_STALE_S), timestamp(plus_s=HEARTBEAT_STALE_S)),
-    )
-    return [row[0] for row in rows.fetchall()]
+def give_up_the_dead(db: Database, *, but_living: bool = False) -> list[str]:
+    """Mark running runs without a fresh heartbeat as failed; their ids. Call inside a transaction.
+
+    Args:
+        but_living: not those whose process number is taken: when the machine wakes up, no heartbeat is fresh. It may be
+            another process's by now, and then the clock gives the run up.
+    """
+    stale = db.execute(
+        "SELECT id, pid FROM runs WHERE status = 'running' AND heartbeat_at NOT BETWEEN ? AND ?",
+        (timestamp(plus_s=-HEARTBEAT_STALE_S), timestamp(plus_s=HEARTBEAT_STALE_S)),
+    ).fetchall()
+    dead = [id for id, pid in stale if not (but_living and _lives(pid))]
+    for id in dead:
+        db.execute(
+            "UPDATE runs SET status = 'failed', ended_at = ?, error = 'Its process died. Start another run: nothing of"
+            " this one is in use.' WHERE id = ?",
+            (timestamp(), id),
+        )
+    return dead
+
+
+def _lives(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except PermissionError:
+        pass  # another user's
+    return True
 
 
 def get(db: Database, id: str) -> Run:

@@ -26,7 +26,7 @@ class Why(BaseModel):
 
 
 class WayBack(Why):
-    seen: Annotated[str | None, Field(alias="from")] = None
+    seen: Annotated[str | None, Field(alias="from", max_length=100)] = None
 
 
 @router.get("/v1/policies")

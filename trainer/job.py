@@ -77,7 +77,6 @@ def once(
     """
     with closing(connect(settings.database)) as db:
         with transaction(db):
-            runs.give_up_the_dead(db)
             if request is not None:
                 runs.request(db, requested_by="cli", config=request)
             run = runs.claim(db)

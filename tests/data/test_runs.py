@@ -1,5 +1,6 @@
 """Runs: one at a time, ended once, and no dead one in the way."""
 
+import subprocess
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -75,9 +76,24 @@ def test_a_run_whose_process_died_makes_room_for_the_next(db: Database, heartbea
     dead = requested(db)
     with transaction(db):
         runs.claim(db)
-        db.execute("UPDATE runs SET heartbeat_at = ?", (heartbeat,))
+        process = subprocess.Popen(["true"])
+        process.wait()
+        db.execute("UPDATE runs SET heartbeat_at = ?, pid = ?", (heartbeat, process.pid))
     assert requested(db) != dead
     assert runs.get(db, dead).status is RunStatus.FAILED
     assert "process died" in (runs.get(db, dead).error or "")
     with pytest.raises(runs.RunLost), transaction(db):
         runs.beat(db, dead, stage="ppo")
+
+
+def test_a_run_that_was_asleep_is_not_dead_because_somebody_wants_another(db: Database) -> None:
+    asleep = requested(db)
+    with transaction(db):
+        runs.claim(db)
+        db.execute("UPDATE runs SET heartbeat_at = '2020-01-01T00:00:00.000Z'")
+    with pytest.raises(runs.RunActive):
+        requested(db)
+    with transaction(db):
+        runs.beat(db, asleep, stage="ppo")
+        db.execute("UPDATE runs SET heartbeat_at = '2020-01-01T00:00:00.000Z'")
+        assert runs.give_up_the_dead(db) == [asleep], "the clock has waited: another process may have its number by now"

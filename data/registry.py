@@ -267,8 +267,8 @@ def lineage(db: Database, name: str) -> dict[str, Any]:
 
 def next_name(db: Database) -> str:
     """The name of the policy after the last; none is ever used again."""
-    last = db.execute("SELECT max(CAST(substr(name, length('policy-') + 1) AS INTEGER)) FROM policies").fetchone()[0]
-    return f"policy-{last + 1:04d}"
+    last = db.execute("SELECT max(name) FROM policies").fetchone()[0]
+    return f"policy-{int(last.rpartition('-')[2]) + 1:04d}"
 
 
 def model_fingerprint(model: Path) -> str:

@@ -245,12 +245,6 @@ def test_the_serving_policy_goes_before_a_promoted_one(db: Database) -> None:
     assert policy.name == "policy-0000"
 
 
-def test_no_name_is_given_out_twice_after_ten_thousand(db: Database, add_policy: AddPolicy) -> None:
-    for name in ("policy-9999", "policy-10000"):
-        db.execute("UPDATE policies SET name = ? WHERE name = ?", (name, add_policy()))
-    assert registry.next_name(db) == "policy-10001"
-
-
 def test_when_another_policy_serves_the_old_one_retires(db: Database) -> None:
     registry.set_serving(db, "policy-0000")
     insert(db, "policy-0001", "promoted")

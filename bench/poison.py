@@ -206,10 +206,11 @@ def run(bench: Poison, cell: Cell, rows: Sequence[dict[str, Any]], *, policies: 
         ),
         None,
     )  # fmt: skip
-    names = ("rise_best_of_16", "rise", "win_rate", "passed", "failed", "code")
-    figures = {name: twin[name] for name in names if name in twin} if twin else bench.learn(
-        preferences, defences, policies=policies
-    )  # fmt: skip
+    names = ("rise_best_of_16", "rise", "win_rate", "passed", "failed")
+    if twin:
+        figures = {"code": twin.get("code")} | {name: twin[name] for name in names if name in twin}
+    else:
+        figures = bench.learn(preferences, defences, policies=policies)
     return {
         **asdict(cell), "votes": bench.votes, "on": machine, "digest": same,
         "base": round(bench.base_share, 4),

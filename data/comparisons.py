@@ -116,7 +116,7 @@ def vote(
         (comparison_id, key_id),
     ).fetchone()
     if row is None:
-        if at > until:
+        if at >= until:
             raise ComparisonExpired(comparison_id)
         decided_ms = round((now - datetime.fromisoformat(shown_at)).total_seconds() * 1000)
         cast = Vote(new_id("vote"), comparison_id, key_id, choice, comment, max(decided_ms, 0), at, at)

@@ -96,8 +96,10 @@ def record_vote(db: Database, comparison_id: str, judge: Judge) -> Duel | None:
         (wins, losses, ties, *figures, duel.id),
     )
     if (wins, losses) != (duel.wins, duel.losses):
+        # There may be less to count than before: with a clock that was ahead, a quarantine begins before earlier votes.
+        db.execute("DELETE FROM duel_curve WHERE duel_id = ? AND votes >= ?", (duel.id, wins + losses))
         db.execute(
-            "INSERT OR REPLACE INTO duel_curve (duel_id, votes, e_value, e_mirrored, rate_low, rate_high, at)"
+            "INSERT INTO duel_curve (duel_id, votes, e_value, e_mirrored, rate_low, rate_high, at)"
             " VALUES (?, ?, ?, ?, ?, ?, ?)",
             (duel.id, wins + losses, *figures, timestamp()),
         )
@@ -139,7 +141,7 @@ def list_duels(db: Database, *, policy: str | None = None, limit: int = 50) -> l
     """The latest first; with `policy`, those that it fought."""
     rows = db.execute(
         f"SELECT {_COLUMNS} FROM duels WHERE :policy IS NULL OR :policy IN (challenger, incumbent)"
-        " ORDER BY id DESC LIMIT :limit",
+        " ORDER BY rowid DESC LIMIT :limit",
         {"policy": policy, "limit": limit},
     )
     return [_duel(row) for row in rows]
@@ -156,7 +158,7 @@ def curve(db: Database, id: str) -> list[dict[str, Any]]:
     )
 
 
-def trials_since_last_swap(db: Database) -> int:
+def trials_under_incumbent(db: Database) -> int:
     """How many trials, votes and all, the policy that serves has stood since the last duel under another. The order of
     the rows tells, not their times: a clock that was ahead may have been set right."""
     row = db.execute(

@@ -72,7 +72,7 @@ def vote(
         raise UnknownComparison(id_)
     vote_id, since, until, before, comment_before, decided_ms, created_at, updated_at = row
     if before is None:
-        if at > until:
+        if at >= until:
             raise ComparisonExpired(id_)
         decided_ms = max(round((now - datetime.fromisoformat(since)).total_seconds() * 1000), 0)
         created_at = updated_at = at

@@ -79,10 +79,14 @@ def beat(db: Database, id: str, *, stage: str) -> bool:
 
 
 def cancel(db: Database, id: str, *, actor: str) -> Run:
-    """Cancel a queued run; ask a running one to stop. One that has ended stays as it is. Raises UnknownRun. Call inside
-    a transaction."""
+    """Cancel a queued run, or one that lost its process; ask a running one to stop. One that has ended stays as it is.
+    Raises UnknownRun. Call inside a transaction."""
     now = timestamp()
-    db.execute("UPDATE runs SET status = 'cancelled', ended_at = ? WHERE id = ? AND status = 'queued'", (now, id))
+    db.execute(
+        "UPDATE runs SET status = 'cancelled', ended_at = ? WHERE id = ?"
+        f" AND (status = 'queued' OR (status = 'running' AND {_STALE}))",
+        (now, id, *_fresh()),
+    )
     db.execute("UPDATE runs SET cancel_requested_at = ? WHERE id = ? AND status = 'running'", (now, id))
     run = get(db, id)
     audit.record(db, actor=actor, action="run.cancel", subject=id)
@@ -117,10 +121,7 @@ def give_up_the_dead(db: Database, *, but_living: bool = False) -> list[str]:
         but_living: not those whose process number is taken: when the machine wakes up, no heartbeat is fresh. It may be
             another process's by now, and then the clock gives the run up.
     """
-    stale = db.execute(
-        "SELECT id, pid FROM runs WHERE status = 'running' AND heartbeat_at NOT BETWEEN ? AND ?",
-        (timestamp(plus_s=-HEARTBEAT_STALE_S), timestamp(plus_s=HEARTBEAT_STALE_S)),
-    ).fetchall()
+    stale = db.execute(f"SELECT id, pid FROM runs WHERE status = 'running' AND {_STALE}", _fresh()).fetchall()
     dead = [id for id, pid in stale if not (but_living and _lives(pid))]
     for id in dead:
         db.execute(
@@ -131,13 +132,21 @@ def give_up_the_dead(db: Database, *, but_living: bool = False) -> list[str]:
     return dead
 
 
+_STALE = "heartbeat_at NOT BETWEEN ? AND ?"
+
+
+def _fresh() -> tuple[str, str]:
+    """From when to when a living run's heartbeat is."""
+    return timestamp(plus_s=-HEARTBEAT_STALE_S), timestamp(plus_s=HEARTBEAT_STALE_S)
+
+
 def _lives(pid: int) -> bool:
     try:
         os.kill(pid, 0)
     except ProcessLookupError:
         return False
     except PermissionError:
-        pass  # another user's
+        return True  # another user's
     return True
 
 

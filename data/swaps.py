@@ -211,7 +211,7 @@ def list_swaps(db: Database, *, policy: str | None = None, limit: int = 50) -> l
     """The latest first; with `policy`, those that brought it in or took it out."""
     rows = db.execute(
         f"SELECT {_COLUMNS} FROM swaps WHERE :policy IS NULL OR :policy IN (policy, replaced)"
-        " ORDER BY id DESC LIMIT :limit",
+        " ORDER BY rowid DESC LIMIT :limit",
         {"policy": policy, "limit": limit},
     )
     return [Swap(*row) for row in rows]

@@ -13,6 +13,8 @@ from data import audit
 from data.ids import new_id
 from data.types import MessageRole, timestamp
 
+ROLES = get_args(MessageRole)
+
 
 class BadPair(ValueError):
     """A line that is not a preference; the message says which and why."""
@@ -78,10 +80,7 @@ def _is_talk(messages: object) -> bool:
     return (
         isinstance(messages, list)
         and bool(messages)
-        and all(
-            isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") in get_args(MessageRole)
-            for m in messages
-        )
+        and all(isinstance(m, dict) and isinstance(m.get("content"), str) and m.get("role") in ROLES for m in messages)
     )
 
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from service.console import Json, State, fail, open_record, print_json, print_rows, read_settings
+from service.console import Json, State, fail, open_record, print_json, print_rows, read_settings, say
 
 if TYPE_CHECKING:
     from sqlite_utils import Database
@@ -245,7 +245,7 @@ def runs_watch(
                 display.close()
         run = runs.get(db, run.id)
     if not json:
-        typer.echo(f"{run.id} {run.status}" + (f": {run.error}" if run.error else ""))
+        say(f"{run.id} {run.status}" + (f": {run.error}" if run.error else ""))
     raise typer.Exit({"succeeded": 0, "cancelled": 130}.get(run.status, 1))
 
 
@@ -323,7 +323,7 @@ def policies_show(
         more = {"duels": fought, "swaps": swapped} | ({"lineage": origin} if origin else {})
         print_json(asdict(policy) | more)
         return
-    typer.echo(f"{name} is {policy.status}" + (f": {policy.problem}" if policy.problem else ""))
+    say(f"{name} is {policy.status}" + (f": {policy.problem}" if policy.problem else ""))
     if policy.gate is None:
         typer.echo("It never met the gate.")
     else:
@@ -340,7 +340,7 @@ def policies_show(
         )
     for swap in swapped:
         when = f"at {swap['flipped_at']}" if swap["flipped_at"] else f"not yet ({swap['problem'] or 'it is loading'})"
-        typer.echo(f"{swap['policy']} for {swap['replaced'] or 'none'}, {when}: {swap['reason']} ({swap['actor']})")
+        say(f"{swap['policy']} for {swap['replaced'] or 'none'}, {when}: {swap['reason']} ({swap['actor']})")
     if origin is not None:
         run, reward_model = origin["run"] or {}, origin["reward_model"] or {}
         typer.echo(f"parent: {origin['parent']}\nrun: {run.get('id')}\nreward model: {reward_model.get('id')}")
@@ -367,7 +367,7 @@ def policies_rollback(reason: Reason = ASKED_FOR, state: State = None, json: Jso
         serving = registry.serving(db)
         seen = serving.name if serving else None
         try:
-            name = swaps.predecessor(db, seen)
+            name = swaps.predecessor(db)
         except swaps.CannotPromote as error:
             raise fail(str(error)) from None
         typer.echo(f"Going back from {seen} to {name}", err=True)

@@ -25,6 +25,11 @@ def fail(message: str) -> typer.Exit:
     return typer.Exit(1)
 
 
+def say(message: str) -> None:
+    """Print a message that holds what others wrote."""
+    typer.echo(message.translate(CONTROLS))
+
+
 def read_settings(**given: Any) -> "Settings":
     """The settings in force; what was `given` on the command line wins."""
     from data.settings import BadSettings, load_settings

@@ -43,6 +43,11 @@ class EngineProblem(Exception):
         self.raw = raw
 
 
+def words(error: BaseException) -> str:
+    """What went wrong, for the operator."""
+    return f"{error}: {error.raw}" if isinstance(error, EngineProblem) else str(error) or type(error).__name__
+
+
 class PolicyRefused(EngineProblem):
     """A healthy engine does not take a policy: trying again would change nothing."""
 
@@ -349,25 +354,29 @@ class Engines:
 
     async def load_back(self, policy: Policy) -> None:
         """Load a policy on the engines in traffic, which should hold it still: nobody who goes back waits for one that
-        hangs. Where some do hold it, who does not say so within BACK_S gets no more traffic before it has what serves.
+        hangs. Once one holds it and BACK_S are over, the others get no more traffic before they have what serves. Where
+        it has left them all, they load it as on the way onward.
 
-        Raises as `load` does, where none holds it and one of them fails."""
+        Raises as `load` does, where none of them comes to hold it."""
         ready = [engine for engine in self.engines if engine.ready]
         if not ready:
             raise EngineProblem("no engine is ready", "the log of the engines says why")
+        if not any(policy.name in engine.held for engine in ready):
+            return await self.load(policy, ready)
         loads = [asyncio.create_task(self.load(policy, [engine])) for engine in ready]
         try:
             done, late = await asyncio.wait(loads, timeout=BACK_S)
-            if all(load.exception() for load in done):
+            while late and all(load.exception() for load in done):
+                done, late = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
+            problems = [None if load in late else load.exception() for load in loads]
+            if not late and all(problems):
                 await asyncio.gather(*loads)
-                return
         finally:
             for load in loads:
                 load.cancel()
-        for engine, load in zip(ready, loads, strict=True):
-            if load in late or load.exception():
-                why = "it is late" if load in late else str(load.exception())
-                engine.lost(f"it does not go back to {policy.name}", why)
+        for engine, load, problem in zip(ready, loads, problems, strict=True):
+            if load in late or problem:
+                engine.lost(f"it does not go back to {policy.name}", words(problem) if problem else "it is late")
 
     async def busy_with(self, name: str) -> bool:
         """Whether a request of this policy still runs or waits, ours or another process's."""

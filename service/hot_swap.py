@@ -4,7 +4,8 @@ vLLM serves any number of LoRA adapters over one base model, each under a name o
 one that it wants. So a swap needs no restart, and no request ever notices it:
 
     load     give the new adapter to every engine beside running traffic, and have it answer once, so that nobody waits
-             for a first time. Where one engine fails, the others give it back, and nothing else has happened.
+             for a first time. Where one engine fails, the others give it back, and nothing else has happened. But the
+             way back waits for none that hangs: it stays out of traffic, and the others go on without it.
     flip     one transaction makes it the policy that serves; then new requests name it. Running ones end on the policy
              they began with, and their answers say so.
     drain    wait until no request of the old policy runs on any engine, then have the engines forget it. A name is
@@ -43,7 +44,7 @@ from data.settings import Settings
 from data.swaps import CannotPromote, Superseded
 from data.types import Duel, DuelKind, Policy, PolicyStatus, Swap
 from service import trial
-from service.engine import UNREADABLE, EngineProblem, Engines, PolicyRefused
+from service.engine import UNREADABLE, EngineProblem, Engines, PolicyRefused, words
 from service.metrics import Metrics
 
 log = logging.getLogger("nightshift.swap")
@@ -217,7 +218,7 @@ class HotSwap:
         except (Superseded, LostLease):
             pass  # the next look says what is to be done instead
         except (PolicyRefused, RegistryError) as error:
-            problem = _words(error)
+            problem = words(error)
             self._tell(f"{task.policy} cannot be served: {problem}")
 
             def refuse(db: Database) -> None:
@@ -227,7 +228,7 @@ class HotSwap:
             with suppress(LostLease):
                 await self._write(refuse)
         except (EngineProblem, *UNREADABLE) as error:
-            problem = _words(error)
+            problem = words(error)
             self._tell(f"{task.policy} cannot be loaded yet: {problem}")
             if problem != policy.problem:
                 await self._write(lambda db: swaps.note_problem(db, task.policy, problem))
@@ -282,7 +283,7 @@ class HotSwap:
                 registry.set_status(db, older.name, PolicyStatus.REJECTED, problem=problem)
             # Every further trial against the same policy needs twice the evidence: over any number of them the chance
             # of promoting one that is no better stays below alpha (1 + 1/2 + 1/4 + …) = 2 alpha.
-            threshold = 2.0 ** duels.trials_since_last_swap(db) / gate.alpha
+            threshold = 2.0 ** duels.trials_under_incumbent(db) / gate.alpha
             return duels.begin(
                 db, DuelKind.TRIAL, challenger=candidate.name, incumbent=incumbent.name,
                 threshold=threshold, budget=gate.max_trial_votes,
@@ -298,7 +299,7 @@ class HotSwap:
         try:
             await self._engines.load(challenger, [engine for engine in self._engines.engines if engine.ready])
         except (EngineProblem, *UNREADABLE) as error:
-            problem = f"its duel waits: {_words(error)}"
+            problem = f"its duel waits: {words(error)}"
             self._tell(f"{challenger.name} cannot be given back yet: {problem}")
 
         def note(db: Database) -> None:
@@ -319,7 +320,7 @@ class HotSwap:
                 await self._drain()
                 await self._compare_with_predecessor()
             except (EngineProblem, CannotPromote, LostLease, *UNREADABLE) as error:
-                self._tell(f"What follows a swap cannot be done yet: {_words(error)}")
+                self._tell(f"What follows a swap cannot be done yet: {words(error)}")
 
     async def _drain(self) -> None:
         """Unload what no engine needs any more."""
@@ -404,7 +405,3 @@ class HotSwap:
         if problem != self._logged:
             log.warning("%s", problem)
         self._logged = problem
-
-
-def _words(error: Exception) -> str:
-    return f"{error}: {error.raw}" if isinstance(error, EngineProblem) else str(error) or type(error).__name__

@@ -158,12 +158,29 @@ async def test_of_two_conversations_opened_at_once_the_last_one_stays(
     await link_to(page, "Second").click()
     await (await opened.get()).continue_()
     await expect(page.get_by_text("Of Second")).to_be_visible()
+    engine.answer = lambda body: Reply(choices=[["Of", " Third"]], hold_after=1)
+    await ask(page, "Third")
+    await eventually(lambda: len(engine.chats) == 3)
     async with page.expect_response(first.request.url):
         await first.continue_()
-    await ask(page, "Third")
+    engine.go_on.set()
     await eventually(lambda: _is_kept(house, "Third"))
+    await expect(page.get_by_text("You stopped this answer.")).to_have_count(0)
     await expect(page.get_by_text("Of Second").first).to_be_visible()
     assert [message["content"] for message in engine.chats[-1].body["messages"]] == ["Second", "Of Second", "Third"]
+
+
+async def test_of_a_long_conversation_every_answer_is_rendered(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    engine.answer = lambda body: say("word " * 25_000 + "**the end**")
+    page = await open_page(house)
+    for text in ("First", "Second"):
+        await ask(page, text)
+        await eventually(lambda text=text: _is_kept(house, text))
+        await expect(page.get_by_role("button", name="Stop", exact=True)).to_be_hidden()
+    await page.reload()
+    await expect(page.locator("strong").get_by_text("the end")).to_have_count(2)
 
 
 async def test_a_title_ends_before_an_emoji_or_after_it(house: House, engine: FakeEngine, open_page: OpenPage) -> None:

@@ -261,15 +261,15 @@ def test_promoting_something_else_sends_the_candidate_on_trial_back_to_wait(
 
 
 def test_trials_are_counted_since_the_last_swap(duel: Duel, cast: Cast, db: Database, add_policy: AddPolicy) -> None:
-    assert duels.trials_since_last_swap(db) == 0  # nobody has voted on it
+    assert duels.trials_under_incumbent(db) == 0  # nobody has voted on it
     cast(BASE_POLICY)
-    assert duels.trials_since_last_swap(db) == 1
+    assert duels.trials_under_incumbent(db) == 1
     name, newer = add_policy(PolicyStatus.PROMOTED), add_policy()
     with transaction(db):
         swaps.flip(db, swaps.begin(db, name))
-    assert duels.trials_since_last_swap(db) == 0
+    assert duels.trials_under_incumbent(db) == 0
     db.execute("UPDATE swaps SET flipped_at = '9999'")  # by a clock that was ahead
     with transaction(db):
         duels.begin(db, DuelKind.TRIAL, challenger=newer, incumbent=name, threshold=20.0, budget=6)
     cast(name)
-    assert duels.trials_since_last_swap(db) == 1
+    assert duels.trials_under_incumbent(db) == 1

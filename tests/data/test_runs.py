@@ -97,3 +97,15 @@ def test_a_run_that_was_asleep_is_not_dead_because_somebody_wants_another(db: Da
         runs.beat(db, asleep, stage="ppo")
         db.execute("UPDATE runs SET heartbeat_at = '2020-01-01T00:00:00.000Z'")
         assert runs.give_up_the_dead(db) == [asleep], "the clock has waited: another process may have its number by now"
+
+
+def test_a_run_without_a_heartbeat_ends_by_an_operators_word(db: Database) -> None:
+    """Its process number may be taken, and where no clock runs nobody else ends it."""
+    id = requested(db)
+    with transaction(db):
+        runs.claim(db)
+        assert runs.cancel(db, id, actor="cli").status is RunStatus.RUNNING, "it lives, and is asked to stop"
+        db.execute("UPDATE runs SET heartbeat_at = '2020-01-01T00:00:00.000Z'")
+        assert runs.cancel(db, id, actor="cli").status is RunStatus.CANCELLED
+        with pytest.raises(runs.RunLost):
+            runs.beat(db, id, stage="ppo")

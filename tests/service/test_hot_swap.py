@@ -537,9 +537,16 @@ async def test_the_way_back_does_not_wait_for_an_engine_that_is_away(
     assert second_engine.events[:2] == ["load policy-0000", "warm policy-0000"]
 
 
+@pytest.mark.parametrize("back_s", [0.0, 1.5], ids=["and the other is slow", ""])
 async def test_the_way_back_does_not_wait_for_an_engine_that_hangs(
-    open_house: OpenHouse, engine: FakeEngine, second_engine: FakeEngine, add_policy: AddPolicy
+    open_house: OpenHouse,
+    engine: FakeEngine,
+    second_engine: FakeEngine,
+    add_policy: AddPolicy,
+    monkeypatch: pytest.MonkeyPatch,
+    back_s: float,
 ) -> None:
+    monkeypatch.setattr("service.engine.BACK_S", back_s)
     house = await open_house(engine, second_engine, gate=MANUAL)
     second = house.state.engines.engines[1]
     name = add_policy()

@@ -4,6 +4,7 @@ import { call } from "./api.js";
 import { button, copy, el } from "./dom.js";
 
 const RENDER_EVERY_MS = 1000;
+const RENDERED_AT_ONCE = 200_000; // characters; the service refuses more
 const policy = globalThis.trustedTypes?.createPolicy("rendered-by-the-service", { createHTML: (html) => html });
 
 const rendered = new Map(); // text -> its HTML: a page that is drawn again must not flicker
@@ -41,13 +42,30 @@ export async function showAll(bodies) {
       if (!element.childElementCount) element.append(el("div", { class: "plain" }, text));
     }
   }
-  if (!unknown.length) return;
-  const html = await render(unknown.map(([text]) => text)).catch(() => null);
-  if (html === null) return; // plain text says the same
-  unknown.forEach(([text, element], index) => {
-    rendered.set(text, html[index]);
-    show(element, html[index]);
-  });
+  for (const part of parts(unknown)) {
+    const html = await render(part.map(([text]) => text)).catch(() => null);
+    if (html === null) continue; // plain text says the same
+    part.forEach(([text, element], index) => {
+      rendered.set(text, html[index]);
+      show(element, html[index]);
+    });
+  }
+}
+
+/** Those that the service renders in one request, time after time. */
+function* parts(bodies) {
+  let part = [];
+  let length = 0;
+  for (const body of bodies) {
+    length += body[0].length;
+    if (part.length && length > RENDERED_AT_ONCE) {
+      yield part;
+      part = [];
+      length = body[0].length;
+    }
+    part.push(body);
+  }
+  if (part.length) yield part;
 }
 
 /** A text that grows: plain where it is new, rendered up to a second ago. */

@@ -145,7 +145,7 @@ function rollBack() {
   const from = serving().name; // another one may serve by the time that this is confirmed
   return ask(
     `Go back to ${board.predecessor}?`,
-    `Every engine loads it, and then new requests take it in place of ${from}.`,
+    `The engines that answer go back to it, and then new requests take it in place of ${from}.`,
     "Roll back",
     () => call("POST", "/v1/policies/rollback", { from }),
     `${board.predecessor} is to serve again.`,

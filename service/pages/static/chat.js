@@ -438,8 +438,10 @@ async function openFromAddress() {
   if (id === (talk.id ?? "")) return;
   if (!id) return begin();
   const { title, messages, error } = await call("GET", `/v1/conversations/${encodeURIComponent(id)}`).catch((error) => ({ error }));
+  const isPast = () => location.hash.slice(1) !== id || talk.id === id; // another one was opened, or this one was
+  if (isPast()) return;
   await stop();
-  if (location.hash.slice(1) !== id || talk.id === id) return; // another one was opened meanwhile, or this one was
+  if (isPast()) return;
   if (error) {
     await begin();
     return notice("open", `This conversation could not be opened. ${error.message}`);

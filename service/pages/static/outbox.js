@@ -9,8 +9,10 @@ export class Outbox {
   #sending = false;
   #timer = null;
 
-  // `onSent(vote, answer)`; `onKept(error)` while votes wait; `onRefused(vote, error)` when one can never be cast;
-  // `onEmpty()` when none waits any more, whichever window sent the last.
+  /**
+   * `onSent(vote, answer)`; `onKept(error)` while votes wait; `onRefused(vote, error)` when one can never be cast;
+   * `onEmpty()` when none waits any more, whichever window sent the last.
+   */
   constructor(keyId, { onSent, onKept, onRefused, onEmpty }) {
     this.#name = `nightshift.votes.${keyId}`; // another user of this browser must not cast them
     Object.assign(this, { onSent, onKept, onRefused, onEmpty });

@@ -162,8 +162,8 @@ def trials_under_incumbent(db: Database) -> int:
     """How many trials, votes and all, the policy that serves has stood since the last duel under another. The order of
     the rows tells, not their times: a clock that was ahead may have been set right."""
     row = db.execute(
-        "WITH other AS (SELECT rowid FROM duels WHERE incumbent NOT IN (SELECT name FROM policies"
-        " WHERE status = 'serving')) SELECT count(*) FROM duels WHERE kind = 'trial' AND wins + losses > 0"
-        " AND rowid > (SELECT coalesce(max(rowid), 0) FROM other)"
+        "SELECT count(*) FROM duels WHERE kind = 'trial' AND wins + losses > 0"
+        " AND rowid > (SELECT coalesce(max(rowid), 0) FROM duels"
+        " WHERE incumbent NOT IN (SELECT name FROM policies WHERE status = 'serving'))"
     ).fetchone()
     return int(row[0])

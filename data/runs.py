@@ -15,6 +15,7 @@ from data.types import Run, RunStatus, timestamp
 
 HEARTBEAT_STALE_S = 60.0
 """A running run whose heartbeat is older than this, or further ahead, has no process any more."""
+_STALE = "heartbeat_at NOT BETWEEN ? AND ?"
 
 _COLUMNS = (
     "id, status, requested_by, config, stage, pid, heartbeat_at, cancel_requested_at, error, created_at, started_at,"
@@ -130,9 +131,6 @@ def give_up_the_dead(db: Database, *, but_living: bool = False) -> list[str]:
             (timestamp(), id),
         )
     return dead
-
-
-_STALE = "heartbeat_at NOT BETWEEN ? AND ?"
 
 
 def _fresh() -> tuple[str, str]:

@@ -34,7 +34,8 @@ def _image_as_link(renderer: RendererHTML, tokens: Sequence[Token], index: int, 
     return f'<a href="{escape(source)}">{escape(tokens[index].content or source)}</a>'
 
 
-# A row may leave cells out, so that a kilobyte of table could ask for a megabyte of empty ones.
+# A row may leave cells out, so that a kilobyte of table could ask for a megabyte of empty ones. The limit is no option
+# of markdown-it's, and the package gives its function the module's name.
 sys.modules["markdown_it.rules_block.table"].MAX_AUTOCOMPLETED_CELLS = 1_000  # type: ignore[attr-defined]
 _MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
 _MARKDOWN.add_render_rule("image", _image_as_link)

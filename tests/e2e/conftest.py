@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -93,6 +94,14 @@ def wait_until(condition: Callable[[], object], limit_s: float, what: str) -> No
     while not condition():
         assert time.monotonic() < deadline, f"after {limit_s} s still not: {what}"
         time.sleep(0.2)
+
+
+def never_ending(tokens: int) -> dict[str, Any]:
+    """What a request says whose answer must not end before it has so many tokens."""
+    from transformers import AutoTokenizer
+
+    end = AutoTokenizer.from_pretrained(REPOSITORY / "data/starter").eos_token_id
+    return {"max_tokens": tokens, "logit_bias": {str(end): -100}}
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,7 @@ import openai
 import pytest
 from openai.types.chat import ChatCompletionChunk
 
-from tests.e2e.conftest import House
+from tests.e2e.conftest import House, never_ending
 
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
@@ -65,10 +65,10 @@ def test_a_comparison_shows_two_answers_and_hides_who_wrote_them(client: openai.
 
 
 async def test_both_answers_of_a_comparison_stream_together(house: House) -> None:
+    # Short answers lie whole in their sockets, one after the other, when a busy machine lets the service read.
+    request = {"messages": QUESTION, "seed": 3, **never_ending(200), "extra_body": {"feedback": "always"}}
     async with openai.AsyncOpenAI(base_url=f"{house.url}/v1", api_key=house.key, max_retries=0) as client:
-        stream = await client.chat.completions.create(
-            model="nightshift", messages=QUESTION, seed=3, stream=True, extra_body={"feedback": "always"}
-        )
+        stream = await client.chat.completions.create(model="nightshift", stream=True, **request)
         chunks = [chunk async for chunk in stream]
     assert text_of(chunks, 0)
     assert text_of(chunks, 1)

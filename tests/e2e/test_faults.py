@@ -8,7 +8,7 @@ import sys
 import aiohttp
 import pytest
 
-from tests.e2e.conftest import REPOSITORY, House, wait_until
+from tests.e2e.conftest import REPOSITORY, House, never_ending, wait_until
 
 
 async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: House) -> None:
@@ -17,8 +17,7 @@ async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: Hou
         "messages": [{"role": "user", "content": "Tell me a long story."}],
         "stream": True,
         "feedback": "off",
-        "max_tokens": 500,
-        "logit_bias": {str(token): -100 for token in end_tokens()},  # it must not end by itself
+        **never_ending(500),
     }
     headers = {"Authorization": f"Bearer {house.key}"}
     async with aiohttp.ClientSession(headers=headers) as http:
@@ -48,13 +47,6 @@ async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: Hou
     whole = house.rows("SELECT completion_tokens FROM completions WHERE messages = ? AND status = 'complete'", story)
     assert "failed" in statuses
     assert whole == [(5,)], "something was logged as complete that was not"
-
-
-def end_tokens() -> list[int]:
-    from transformers import AutoTokenizer
-
-    tokenizer = AutoTokenizer.from_pretrained(REPOSITORY / "data/starter")
-    return [tokenizer.eos_token_id]
 
 
 @pytest.mark.parametrize(

@@ -193,12 +193,15 @@ class Sheet:
         path = (arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else self.path)).resolve()
         if arguments.quick and path == self.path:
             sys.exit(f"{path} is of full cells: keep quick ones in another file.")
+
+        def alike() -> list[Row]:
+            return [row for row in read(path) if row.get("quick", False) == arguments.quick]
+
         console = Console()
         console.width = max(console.width, self.width)
         with alone(path) if arguments.cells else nullcontext():
-            rows = read(path)
-            alike = [row for row in rows if row.get("quick", False) == arguments.quick]
-            missing = [cell for cell in wanted if not any(is_done(cell, row) for row in alike)][: arguments.cells]
+            rows = alike()
+            missing = [cell for cell in wanted if not any(is_done(cell, row) for row in rows)][: arguments.cells]
             self._publish(path, rows)
             started, code = time.monotonic(), commit()
             for number, cell in enumerate(missing, start=1):
@@ -207,7 +210,7 @@ class Sheet:
                 console.print(f"{number} of {len(missing)}: {cell}")
                 row = {"code": code} | run(cell, rows) | ({"quick": True} if arguments.quick else {})
                 append(path, row)
-                rows = read(path)
+                rows = alike()
                 self._publish(path, rows)
                 console.print({name: value for name, value in row.items() if not isinstance(value, list)})
             console.print(self.table(rows))

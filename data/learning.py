@@ -50,7 +50,7 @@ def reward_models(db: Database, *, without: Collection[str] = (), limit: int = -
     """The latest first; at most `limit`, or all."""
     rows = db.execute(
         "SELECT id, run_id, path, sha256, metrics FROM reward_models"
-        " WHERE id NOT IN (SELECT value FROM json_each(?)) ORDER BY id DESC LIMIT ?",
+        " WHERE id NOT IN (SELECT value FROM json_each(?)) ORDER BY rowid DESC LIMIT ?",
         (json.dumps(list(without)), limit),
     )
     return [RewardModelRow(id, run_id, path, sha256, json.loads(metrics)) for id, run_id, path, sha256, metrics in rows]

@@ -164,7 +164,7 @@ def active(db: Database) -> Run | None:
 
 def list_runs(db: Database, *, limit: int = 50) -> list[Run]:
     """The latest first."""
-    rows = db.execute(f"SELECT {_COLUMNS} FROM runs ORDER BY id DESC LIMIT ?", (limit,))
+    rows = db.execute(f"SELECT {_COLUMNS} FROM runs ORDER BY rowid DESC LIMIT ?", (limit,))
     return [_run(row) for row in rows]
 
 

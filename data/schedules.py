@@ -309,9 +309,12 @@ def _schedule(row: tuple[Any, ...]) -> Schedule:
     return Schedule(row[0], ScheduleKind(row[1]), row[2], row[3], bool(row[4]), *row[5:])
 
 
-def new_votes(db: Database, schedule: Schedule) -> int:
-    """Votes cast since the moment that the schedule counts from."""
-    count: int = db.execute("SELECT count(*) FROM votes WHERE created_at > ?", (schedule.since,)).fetchone()[0]
+def new_votes(db: Database, schedule: Schedule, now: datetime) -> int:
+    """Votes cast since the moment that the schedule counts from. Those of a time to come, cast while a clock was ahead,
+    would be new again after every run."""
+    count: int = db.execute(
+        "SELECT count(*) FROM votes WHERE created_at > ? AND created_at <= ?", (schedule.since, timestamp(now))
+    ).fetchone()[0]
     return count
 
 
@@ -331,7 +334,7 @@ def describe(db: Database, schedule: Schedule) -> dict[str, Any]:
         "timezone": schedule.timezone if schedule.kind is ScheduleKind.CRON else None,
         "every": schedule.spec if schedule.kind is ScheduleKind.EVERY else None,
         "votes": parse_votes(schedule.spec) if counts else None,
-        "new_votes": new_votes(db, schedule) if counts else None,
+        "new_votes": new_votes(db, schedule, datetime.now(UTC)) if counts else None,
         "paused": schedule.paused,
         "next_due_at": timestamp(next_due) if next_due else None,
         "last_due_at": schedule.last_due_at,
@@ -346,7 +349,7 @@ def describe(db: Database, schedule: Schedule) -> dict[str, Any]:
 def is_due(db: Database, schedule: Schedule, now: datetime) -> bool:
     """Whether a run is due, paused or not. Raises BadSchedule."""
     if schedule.kind is ScheduleKind.VOTES:
-        return new_votes(db, schedule) >= parse_votes(schedule.spec)
+        return new_votes(db, schedule, now) >= parse_votes(schedule.spec)
     due_at = schedule.next_due()
     return due_at is not None and due_at <= now
 

@@ -103,8 +103,8 @@ def first_share(choices: dict[str, int]) -> dict[str, Any]:
 def votes_since_last_run(db: Database) -> int:
     """Votes cast since the last run that succeeded began; all of them before there is one."""
     count: int = db.execute(
-        "SELECT count(*) FROM votes WHERE created_at >"
-        " (SELECT coalesce(max(started_at), '') FROM runs WHERE status = 'succeeded')"
+        "SELECT count(*) FROM votes WHERE created_at > coalesce("
+        "(SELECT started_at FROM runs WHERE status = 'succeeded' ORDER BY rowid DESC LIMIT 1), '')"
     ).fetchone()[0]
     return count
 
@@ -113,7 +113,7 @@ def reward_reports(db: Database, *, limit: int) -> list[dict[str, Any]]:
     """What the latest reward models are worth on votes that they have not seen, beside what length alone is; the
     earliest first."""
     rows = db.execute(
-        "SELECT id, run_id, created_at, metrics FROM reward_models ORDER BY id DESC LIMIT ?", (limit,)
+        "SELECT id, run_id, created_at, metrics FROM reward_models ORDER BY rowid DESC LIMIT ?", (limit,)
     ).fetchall()
     return [
         {"id": id, "run": run_id, "created_at": created_at} | json.loads(metrics)

@@ -157,9 +157,11 @@ def _reward_model(figures: _Figures, settings: GateSettings) -> Check:
         figures["reward_length_accuracy"],
         figures.count("reward_pairs"),
     )
-    baseline, whose = max((by_length, "length alone"), (0.5, "a coin"))
-    measured = (accuracy, by_length) if by_length > 0.5 else (accuracy,)  # what a coin is worth is known
-    threshold = baseline + _standard_error(pairs, *measured)
+    if by_length > 0.5:
+        baseline, whose, by_chance = by_length, "length alone", (accuracy, by_length)
+    else:
+        baseline, whose, by_chance = 0.5, "a coin", (0.5,)  # which nobody had to measure
+    threshold = baseline + _standard_error(pairs, *by_chance)
     return Check(
         "reward_model", accuracy, threshold, accuracy > threshold,
         f"The reward model is right about {accuracy:.1%} of {pairs} votes that it has not seen, and {whose} about"

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from typing import Any
@@ -200,19 +199,9 @@ class Engine:
         self._ask("/v1/unload_lora_adapter", {"lora_name": name}, timeout_s=30)
 
     def complete(self, request: dict[str, Any]) -> dict[str, Any]:
-        """The one choice that answers a request for a completion. A full queue is waited for, for a while."""
-        waits = iter(RETRY_SECONDS)
-        while True:
-            try:
-                answer = json.loads(self._ask("/v1/completions", request, timeout_s=600))
-            except EngineFull:
-                wait = next(waits, None)
-                if wait is None:
-                    raise
-                time.sleep(wait)
-            else:
-                choice: dict[str, Any] = answer["choices"][0]
-                return choice
+        """The one choice that answers a request for a completion."""
+        choice: dict[str, Any] = json.loads(self._ask("/v1/completions", request, timeout_s=600))["choices"][0]
+        return choice
 
     def requests(self) -> int:
         """How many requests it works on or keeps waiting, whoever sent them; 0 where it cannot be asked."""
@@ -270,7 +259,7 @@ class EngineSampler:
             home: the folder where adapters are published for the time of a call; the engine reads the same path.
             name: the adapters' names begin with it; nobody else's may.
             in_flight: requests out at once, over all processes.
-            sleep: waits so many seconds for an engine that is away; what it raises ends the call.
+            sleep: waits so many seconds for an engine that is away or full; what it raises ends the call.
         """
         self._backbone = backbone
         self._adapter = adapter
@@ -316,9 +305,29 @@ class EngineSampler:
             self._engine.load(name, self._home / name)
         self._accelerator.wait_for_everyone()
         with ThreadPoolExecutor(self._in_flight) as threads:
-            answers = list(threads.map(partial(self._answer, name), queries, seeds))
+            answers = self._ask_all(threads, name, queries, seeds)
         self._accelerator.wait_for_everyone()
         return answers
+
+    def _ask_all(
+        self, threads: ThreadPoolExecutor, name: str, queries: Sequence[Query], seeds: Sequence[int]
+    ) -> list[Answer]:
+        """What finds the queue full is asked again, for as long as it is not full all the time. The wait is in this
+        thread, which alone hears that the run is to end."""
+        answers: dict[int, Answer] = {}
+        waits = iter(RETRY_SECONDS)
+        while left := [i for i in range(len(queries)) if i not in answers]:
+            tried = list(threads.map(lambda i: self._answer(name, queries[i], seeds[i]), left))
+            refused = [refusal for refusal in tried if isinstance(refusal, EngineFull)]
+            answers |= {i: answer for i, answer in zip(left, tried, strict=True) if isinstance(answer, Answer)}
+            if len(refused) < len(left):
+                waits = iter(RETRY_SECONDS)
+            if refused:
+                wait = next(waits, None)
+                if wait is None:
+                    raise refused[0]
+                self._sleep(wait)
+        return [answers[i] for i in range(len(queries))]
 
     def _forget(self, name: str) -> None:
         # Nothing reads the folder any more: the threads have ended, and so has every request on the adapter.
@@ -328,23 +337,25 @@ class EngineSampler:
             finally:
                 shutil.rmtree(self._home / name, ignore_errors=True)
 
-    def _answer(self, model: str, query: Query, seed: int) -> Answer:
-        choice = self._engine.complete(
-            {
-                "model": model,
-                "prompt": list(query),
-                "max_tokens": self._sampling.max_tokens,
-                "temperature": self._sampling.temperature,
-                "top_p": 1.0,
-                "top_k": 0,
-                "seed": seed,
-                "ignore_eos": True,  # only what follows ends an answer, as it does in the trainer
-                "stop_token_ids": sorted(self._sampling.end_ids),
-                "logprobs": 0,
-                "return_token_ids": True,
-                "priority": LOW_PRIORITY,
-            }
-        )
+    def _answer(self, model: str, query: Query, seed: int) -> Answer | EngineFull:
+        request = {
+            "model": model,
+            "prompt": list(query),
+            "max_tokens": self._sampling.max_tokens,
+            "temperature": self._sampling.temperature,
+            "top_p": 1.0,
+            "top_k": 0,
+            "seed": seed,
+            "ignore_eos": True,  # only what follows ends an answer, as it does in the trainer
+            "stop_token_ids": sorted(self._sampling.end_ids),
+            "logprobs": 0,
+            "return_token_ids": True,
+            "priority": LOW_PRIORITY,
+        }
+        try:
+            choice = self._engine.complete(request)
+        except EngineFull as refusal:
+            return refusal
         response = tuple(choice["token_ids"])
         logprobs = tuple(choice["logprobs"]["token_logprobs"])
         if len(response) != len(logprobs):

@@ -109,12 +109,14 @@ def test_the_readme_shows_no_quick_run_and_nobody_elses_results(
 
 
 def test_a_quick_cell_does_not_pass_for_a_full_one(
-    readme: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    readme: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     others = tmp_path / "others.jsonl"
     for given in (("--quick",), (), ("--quick",)):
-        go_on(arguments(monkeypatch, *given, "--results", str(others)))
+        go_on(arguments(monkeypatch, *given, "--json", "--results", str(others)))
+        assert json.loads(capsys.readouterr().out.splitlines()[-1]) == {"cells": 3}
     assert [row.get("quick", False) for row in read(others)] == [True] * 3 + [False] * 3
+    assert [row["before"] for row in read(others)] == [0, 1, 2] * 2
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match="is of full cells"):
         go_on(arguments(monkeypatch, "--quick", "--results", SHEET.path.name))

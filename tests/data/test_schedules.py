@@ -264,12 +264,12 @@ def test_votes_are_counted_from_the_last_run_that_they_asked_for(db: Database) -
     cast_votes(db, 3, "2026-01-10T11:00:00.000Z")  # before
     cast_votes(db, 4, "2026-01-10T13:00:00.000Z")
     assert come_due(db, schedule, "2026-01-10 14:00") is None
-    assert schedules.new_votes(db, schedule) == 4
+    assert schedules.new_votes(db, schedule, at("2026-01-10 14:00")) == 4
     cast_votes(db, 3, "2026-01-10T13:30:00.000Z")
     assert come_due(db, schedule, "2026-01-10 14:00")
     end_the_run(db)
     after = schedules.get(db, schedule.id)
-    assert schedules.new_votes(db, after) == 0
+    assert schedules.new_votes(db, after, at("2026-01-10 14:01")) == 0
     assert come_due(db, after, "2026-01-10 14:01") is None
 
 
@@ -297,6 +297,18 @@ def test_what_counts_from_a_time_to_come_counts_from_now(db: Database) -> None:
     cast_votes(db, 1, timestamp(plus_s=1))
     assert all(schedules.is_due(db, schedules.get(db, schedule.id), tomorrow) for schedule in ahead)
     assert schedules.get(db, a_little.id) == a_little, "or what came due just now would again"
+
+
+def test_votes_that_were_cast_ahead_start_no_run_after_run(db: Database) -> None:
+    """A clock was a day ahead, and a run has answered them."""
+    schedule = add(db, ScheduleKind.VOTES, "3", since=timestamp(plus_s=86_400))
+    cast_votes(db, 3, timestamp(plus_s=86_300))
+    with transaction(db):
+        schedules.set_right(db)
+    schedule = schedules.get(db, schedule.id)
+    assert come_due(db, schedule, datetime.now(UTC) + timedelta(hours=1)) is None
+    cast_votes(db, 3, timestamp(plus_s=1))
+    assert come_due(db, schedule, datetime.now(UTC) + timedelta(hours=1)) is not None
 
 
 def test_of_four_who_answer_the_same_200_times_at_once_one_does_each_time(tmp_path: Path, db: Database) -> None:
@@ -372,7 +384,7 @@ def test_another_number_of_votes_keeps_the_count(db: Database) -> None:
     cast_votes(db, 3, "2026-01-10T13:00:00.000Z")
     with transaction(db):
         edited = schedules.edit(db, schedule.id, ScheduleKind.VOTES, "3", actor="cli")
-    assert schedules.new_votes(db, edited) == 3
+    assert schedules.new_votes(db, edited, datetime.now(UTC)) == 3
     assert come_due(db, edited, "2026-01-10 14:00") is not None
 
 

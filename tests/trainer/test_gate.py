@@ -143,6 +143,14 @@ def test_chance_is_allowed_for_once_beside_a_coin_and_twice_beside_lengths() -> 
     assert (passes(0.57, 0.501), passes(0.58, 0.501)) == (False, True)
 
 
+@pytest.mark.parametrize(("right", "pairs", "is_enough"), [(1, 1, False), (2, 2, True), (3, 4, False), (4, 4, True)])
+def test_a_coin_that_was_right_the_few_times_it_was_asked_is_a_coin(right: int, pairs: int, is_enough: bool) -> None:
+    figures = {"reward_accuracy": right / pairs, "reward_length_accuracy": 0.5, "reward_pairs": float(pairs)}
+    report = judge(GOOD | figures, SETTINGS)
+    assert failed(report) == ([] if is_enough else ["reward_model"])
+    assert "a coin about 50.0%" in next(check.sentence for check in report.checks if check.name == "reward_model")
+
+
 def test_nothing_known_fails_every_check() -> None:
     assert failed(judge({}, SETTINGS)) == CHECKS
     nothing = dict.fromkeys(GOOD, 0.0)

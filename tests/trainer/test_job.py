@@ -634,12 +634,14 @@ def test_a_run_that_waits_can_be_cancelled(
     assert run.status is RunStatus.CANCELLED
 
 
-def test_a_run_whose_engine_is_away_can_be_cancelled(
-    settings: Settings, db: Database, voted: None, vllm: FakeEngine, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("status", [503, 500], ids=["full", "its core has died"])
+def test_a_run_that_waits_for_its_engine_can_be_cancelled(
+    settings: Settings, db: Database, voted: None, vllm: FakeEngine, monkeypatch: pytest.MonkeyPatch, status: int
 ) -> None:
     monkeypatch.setattr(keeper, "BEAT_S", 0.05)
+    monkeypatch.setattr(rollout, "RETRY_SECONDS", (3600,))
     monkeypatch.setattr(rollout, "RESTART_SECONDS", (3600,))
-    vllm.full, vllm.full_status = 100, 500
+    vllm.full, vllm.full_status = 1000, status
     id = request(db)
 
     def watch(stage: str, step: int, steps: int, figures: dict[str, float]) -> None:

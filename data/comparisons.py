@@ -56,13 +56,17 @@ def insert(db: Database, comparison: Comparison) -> None:
 
 def shown_lately(db: Database, user: str, *, cap: int, cooldown: int) -> tuple[int, int | None]:
     """How many comparisons `user` was shown in the last 24 hours, counted up to `cap`, and how many whole answers it
-    has had since the last of them, counted up to `cooldown` (None: never shown one)."""
+    has had since the last of them, counted up to `cooldown` (None: never shown one). What a clock that was ahead dated
+    later than now holds nothing up."""
+    now = timestamp()
     shown = db.execute(
-        "SELECT count(*) FROM (SELECT 1 FROM comparisons WHERE user = ? AND created_at > ? LIMIT ?)",
-        (user, timestamp(plus_s=-86_400), cap),
+        "SELECT count(*) FROM (SELECT 1 FROM comparisons WHERE user = ? AND created_at > ? AND created_at <= ?"
+        " LIMIT ?)",
+        (user, timestamp(plus_s=-86_400), now, cap),
     ).fetchone()[0]
     last = db.execute(
-        "SELECT created_at FROM comparisons WHERE user = ? ORDER BY created_at DESC LIMIT 1", (user,)
+        "SELECT created_at FROM comparisons WHERE user = ? AND created_at <= ? ORDER BY created_at DESC LIMIT 1",
+        (user, now),
     ).fetchone()
     if last is None:
         return shown, None
@@ -152,7 +156,7 @@ _UNRATED = (
 )
 _NEXT = (
     f"{_UNRATED} AND comparisons.key_id <> :key"
-    " AND NOT EXISTS (SELECT 1 FROM holds WHERE comparison_id = comparisons.id AND until > :now)"
+    " AND NOT EXISTS (SELECT 1 FROM holds WHERE comparison_id = comparisons.id AND until > :now AND since <= :now)"
     " ORDER BY comparisons.created_at LIMIT 1"
 )
 

@@ -8,11 +8,13 @@ from sqlite_utils import Database
 
 from data.types import timestamp
 
+LONGEST_S = 60.0
+"""One that would last longer is from a clock that was ahead, and nobody's."""
+
 
 def acquire(db: Database, name: str, holder: str, *, for_s: float) -> bool:
-    """Take the lease, or renew it where `holder` has it already, until `for_s` seconds from now; False while it is
-    another's. One that would last more than twice as long is from a clock that was ahead, and nobody's. Call inside
-    a transaction."""
+    """Take the lease, or renew it where `holder` has it already, until `for_s` seconds from now, at most LONGEST_S;
+    False while it is another's. Call inside a transaction."""
     now = timestamp()
     row = db.execute(
         "INSERT INTO leases (name, holder, until) VALUES (:name, :holder, :until)"
@@ -23,7 +25,7 @@ def acquire(db: Database, name: str, holder: str, *, for_s: float) -> bool:
             "holder": holder,
             "until": timestamp(plus_s=for_s),
             "now": now,
-            "ahead": timestamp(plus_s=2 * for_s),
+            "ahead": timestamp(plus_s=LONGEST_S),
         },
     ).fetchone()
     return row is not None
@@ -37,5 +39,8 @@ def release(db: Database, name: str, holder: str) -> None:
 
 def holder_of(db: Database, name: str) -> str | None:
     """Who has the lease now."""
-    row = db.execute("SELECT holder FROM leases WHERE name = ? AND until > ?", (name, timestamp())).fetchone()
+    row = db.execute(
+        "SELECT holder FROM leases WHERE name = ? AND until > ? AND until <= ?",
+        (name, timestamp(), timestamp(plus_s=LONGEST_S)),
+    ).fetchone()
     return row[0] if row else None

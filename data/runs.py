@@ -139,6 +139,8 @@ def _fresh() -> tuple[str, str]:
 
 
 def _lives(pid: int) -> bool:
+    if pid == os.getpid():
+        return False  # in a container every process may have the same: whoever asks does not train
     try:
         os.kill(pid, 0)
     except ProcessLookupError:

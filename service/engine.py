@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable
+from collections.abc import AsyncIterator, Callable, Iterable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,7 +25,7 @@ HEALTH_TIMEOUT = aiohttp.ClientTimeout(total=10)
 LOAD_TIMEOUT = aiohttp.ClientTimeout(total=300)
 CHAT_TIMEOUT = aiohttp.ClientTimeout(total=None, sock_connect=5)
 BACK_S = 1.5
-"""What an engine gets to say that it holds the policy that people go back to."""
+"""What an engine gets to say that it holds the policy that people go back to, once another has."""
 MISSED_CHECKS = 3
 """Health checks in a row that a busy engine may let time out before it counts as gone."""
 
@@ -326,8 +326,9 @@ class Engines:
         """Load and warm a policy on all of these engines, or on none: where one fails it is taken from the others.
 
         Raises PolicyRefused, EngineProblem, RegistryError, OSError."""
-        folder = await asyncio.to_thread(self._folder_of, policy)
-        engines = list(engines)
+        await self._load_on_all(policy, await asyncio.to_thread(self._folder_of, policy), list(engines))
+
+    async def _load_on_all(self, policy: Policy, folder: Path, engines: Sequence[Engine]) -> None:
         new: list[Engine] = []
 
         async def load_on(engine: Engine) -> None:
@@ -354,26 +355,29 @@ class Engines:
 
     async def load_back(self, policy: Policy) -> None:
         """Load a policy on the engines in traffic, which should hold it still: nobody who goes back waits for one that
-        hangs. Once one holds it and BACK_S are over, the others get no more traffic before they have what serves. Where
-        it has left them all, they load it as on the way onward.
+        hangs. BACK_S after the first one holds it the others get no more traffic before they have what serves. Where it
+        has left them all, or is about to, they load it as on the way onward.
 
         Raises as `load` does, where none of them comes to hold it."""
         ready = [engine for engine in self.engines if engine.ready]
         if not ready:
             raise EngineProblem("no engine is ready", "the log of the engines says why")
-        if not any(policy.name in engine.held for engine in ready):
-            return await self.load(policy, ready)
-        loads = [asyncio.create_task(self.load(policy, [engine])) for engine in ready]
+        folder = await asyncio.to_thread(self._folder_of, policy)
+        if not any(policy.name in engine.held and not engine.giving.locked() for engine in ready):
+            return await self._load_on_all(policy, folder, ready)
+        loads = [asyncio.create_task(self._load_on_all(policy, folder, [engine])) for engine in ready]
+        late = set(loads)
         try:
-            done, late = await asyncio.wait(loads, timeout=BACK_S)
-            while late and all(load.exception() for load in done):
-                done, late = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
-            problems = [None if load in late else load.exception() for load in loads]
-            if not late and all(problems):
-                await asyncio.gather(*loads)
+            while late and all(load in late or load.exception() for load in loads):
+                _, late = await asyncio.wait(late, return_when=asyncio.FIRST_COMPLETED)
+            if late:
+                _, late = await asyncio.wait(late, timeout=BACK_S)
         finally:
             for load in loads:
                 load.cancel()
+        problems = [None if load in late else load.exception() for load in loads]
+        if all(problems):
+            raise min(filter(None, problems), key=lambda problem: not isinstance(problem, PolicyRefused))
         for engine, load, problem in zip(ready, loads, problems, strict=True):
             if load in late or problem:
                 engine.lost(f"it does not go back to {policy.name}", words(problem) if problem else "it is late")

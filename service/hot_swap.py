@@ -166,22 +166,21 @@ class HotSwap:
                     await self._wake.wait()
 
     def _next_task(self) -> _Task | None:
-        """What the record asks for: a promoted policy is to serve; or a candidate is to go on trial; or an engine lacks
-        the challenger of the duel that runs."""
+        """What the record asks for: a promoted policy is to serve; or a candidate is to go on trial, where none is, or
+        an engine does not take the one that is; or an engine lacks the challenger of the duel that runs."""
         name = swaps.pending(self._reader)
         if name is not None:
             return _Task(name, to_serve=True)
         serving = registry.serving(self._reader)
-        trial_runs = self.duel is not None and self.duel.kind is DuelKind.TRIAL
-        if self._settings.gate.mode == "trial" and not trial_runs and serving is not None:
+        challenger = registry.get(self._reader, self.duel.challenger) if self.duel is not None else None
+        on_trial = challenger is not None and challenger.status is PolicyStatus.TRIAL and challenger.problem is None
+        if self._settings.gate.mode == "trial" and not on_trial and serving is not None:
             candidate = registry.next_for_trial(self._reader)
             if candidate is not None:
                 return _Task(candidate.name, to_serve=False)
-        if self.duel is None:
+        if challenger is None or (challenger.problem is None and self._engines.all_hold(challenger.name)):
             return None
-        challenger = registry.get(self._reader, self.duel.challenger)
-        waits = challenger.problem is not None or not self._engines.all_hold(challenger.name)
-        return _Task(challenger.name, to_serve=False) if waits else None
+        return _Task(challenger.name, to_serve=False)
 
     def _set_to_work(self, task: _Task | None) -> None:
         if self._work is not None and self._work.done():
@@ -223,6 +222,8 @@ class HotSwap:
 
             def refuse(db: Database) -> None:
                 self._check_lease(db)
+                if registry.get(db, task.policy).status is PolicyStatus.TRIAL:
+                    swaps.break_off(db, reason=f"{task.policy} cannot be served")
                 swaps.refuse(db, task.policy, problem)
 
             with suppress(LostLease):
@@ -230,8 +231,13 @@ class HotSwap:
         except (EngineProblem, *UNREADABLE) as error:
             problem = words(error)
             self._tell(f"{task.policy} cannot be loaded yet: {problem}")
+
+            def note(db: Database) -> None:
+                if registry.get(db, task.policy).status in (PolicyStatus.PROMOTED, PolicyStatus.CANDIDATE):
+                    swaps.note_problem(db, task.policy, problem)
+
             if problem != policy.problem:
-                await self._write(lambda db: swaps.note_problem(db, task.policy, problem))
+                await self._write(note)
 
     async def _swap(self, policy: Policy, swap: Swap) -> None:
         began = time.monotonic()
@@ -294,10 +300,12 @@ class HotSwap:
 
     async def _give_back(self, challenger: Policy) -> None:
         """To the engines in traffic that lack it: its duel waits for them. What keeps it is said of one on trial, and
-        taken back when they hold it."""
+        taken back when they hold it. Raises RegistryError."""
         problem = None
         try:
             await self._engines.load(challenger, [engine for engine in self._engines.engines if engine.ready])
+        except RegistryError:
+            raise  # no time mends a folder
         except (EngineProblem, *UNREADABLE) as error:
             problem = f"its duel waits: {words(error)}"
             self._tell(f"{challenger.name} cannot be given back yet: {problem}")

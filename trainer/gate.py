@@ -158,10 +158,10 @@ def _reward_model(figures: _Figures, settings: GateSettings) -> Check:
         figures.count("reward_pairs"),
     )
     if by_length > 0.5:
-        baseline, whose, by_chance = by_length, "length alone", (accuracy, by_length)
+        baseline, whose, chance = by_length, "length alone", _standard_error(pairs, accuracy, by_length)
     else:
-        baseline, whose, by_chance = 0.5, "a coin", (0.5,)  # which nobody had to measure
-    threshold = baseline + _standard_error(pairs, *by_chance)
+        baseline, whose, chance = 0.5, "a coin", _standard_error(pairs, 0.5)  # nobody had to measure it
+    threshold = baseline + chance
     return Check(
         "reward_model", accuracy, threshold, accuracy > threshold,
         f"The reward model is right about {accuracy:.1%} of {pairs} votes that it has not seen, and {whose} about"

@@ -243,6 +243,21 @@ def test_turns_are_counted_up_to_the_cool_down(db: Database, add_pair: AddPair, 
     assert turns == [0, 1, 2, 2]
 
 
+def test_what_a_clock_that_was_ahead_dated_holds_nothing_up(
+    db: Database, add_pair: AddPair, owner: str, make_key: MakeKey
+) -> None:
+    ahead = add_pair(owner, age_s=-86_000.0)
+    assert comparisons.shown_lately(db, owner, cap=20, cooldown=3) == (0, None)
+    one, two = (make_key(Role.RATER)[0].id for _ in range(2))
+    with transaction(db):
+        assert comparisons.next_for_rater(db, key_id=one, lease_s=600.0) is not None
+        assert comparisons.next_for_rater(db, key_id=two, lease_s=600.0) is None
+        db.execute("UPDATE holds SET since = ?, until = ?", (timestamp(plus_s=86_000), timestamp(plus_s=86_600)))
+        given = comparisons.next_for_rater(db, key_id=two, lease_s=600.0)
+    assert given is not None
+    assert given.id == ahead
+
+
 def _answer(db: Database, key_id: str, id: str, *, status: str) -> None:
     db.execute(
         "INSERT INTO completions (id, key_id, user, conversation, messages, answer, policy, sampling, status, total_ms,"

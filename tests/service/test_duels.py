@@ -224,6 +224,41 @@ async def test_an_engine_that_came_back_without_the_challenger_is_given_it_as_so
     assert side.keys() == {BASE_POLICY, NEW}
 
 
+async def test_a_trial_that_an_engine_keeps_waiting_gives_way_to_the_next(
+    open_house: OpenHouse, engine: FakeEngine, db: Database, add_policy: AddPolicy
+) -> None:
+    engine.answer = by_policy
+    house = await open_house(engine, gate=ALL)
+    add_policy()
+    stalled = await running(house, db)
+    await engine.stop()
+    await eventually(lambda: not house.state.engines.ready)
+    engine.refuses_load = Refusal(500, "no room for it")
+    engine.refuses_only = NEW
+    await engine.start()
+    await eventually(lambda: "no room for it" in (registry.get(db, NEW).problem or ""))
+    later = add_policy()
+    await eventually(lambda: status(db, later) is PolicyStatus.TRIAL)
+    assert duels.get(db, stalled.id).status is DuelStatus.ENDED
+    assert status(db, NEW) is PolicyStatus.REJECTED
+    _, side = await ask(house)
+    assert side.keys() == {BASE_POLICY, later}
+
+
+async def test_a_trial_ends_where_the_challengers_folder_is_damaged(
+    house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
+) -> None:
+    add_policy()
+    stalled = await running(house, db)
+    await engine.stop()
+    await eventually(lambda: not house.state.engines.ready)
+    (house.state.settings.state / "policies" / NEW / "adapter_model.safetensors").write_bytes(b"damaged")
+    await engine.start()
+    await eventually(lambda: status(db, NEW) is PolicyStatus.REJECTED)
+    assert NEW in str(registry.get(db, NEW).problem)
+    assert duels.get(db, stalled.id).status is DuelStatus.ENDED
+
+
 async def test_an_engine_that_restarts_during_a_trial_gets_both_policies_back(
     house: House, engine: FakeEngine, db: Database, add_policy: AddPolicy
 ) -> None:

@@ -563,6 +563,29 @@ async def test_the_way_back_does_not_wait_for_an_engine_that_hangs(
     assert second_engine.events[-1] == "warm policy-0000", "it has what serves before it gets traffic"
 
 
+async def test_an_engine_that_holds_the_policy_a_little_later_keeps_its_traffic_on_the_way_back(
+    open_house: OpenHouse,
+    engine: FakeEngine,
+    second_engine: FakeEngine,
+    add_policy: AddPolicy,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("service.engine.BACK_S", 0.0)
+    house = await open_house(engine, second_engine, gate=MANUAL)
+    second = house.state.engines.engines[1]
+    name = add_policy()
+    await promote(house, name)
+    await serves(house, name)
+    engine.hangs, second_engine.hangs = asyncio.Event(), asyncio.Event()
+    assert (await roll_back(house)).status == 202
+    await rounds(house, "_set_to_work")  # a house so busy that all engines answer late
+    monkeypatch.setattr("service.engine.BACK_S", 60.0)
+    engine.hangs.set()
+    second_engine.hangs.set()
+    await serves(house, BASE_POLICY)
+    assert second.ready
+
+
 async def test_a_way_back_that_no_engine_holds_any_more_takes_the_time_that_it_takes(
     open_house: OpenHouse,
     engine: FakeEngine,

@@ -248,7 +248,7 @@ function tiles() {
 function showRun() {
   const run = board.runs.find((one) => one.id === chosenRun) ?? board.runs[0];
   const running = activeRun();
-  paint("run-acts", [running], () => running && button("Cancel the run", () => cancelRun(running), { class: "danger", "data-key": "cancel", disabled: Boolean(running.cancel_requested_at) }));
+  paint("run-acts", [running], () => running && button("Cancel the run", () => cancelRun(running), { class: "danger", "data-key": "cancel" }));
   if (!run) {
     paint("run", 0, () => el("p", { class: "hint" }, tooFew() ? `No run yet: ${tooFew()} Let people chat first; a schedule can wait for their votes.` : "No run yet. Train now, or add a schedule below."));
     return;

@@ -479,7 +479,10 @@ if (session) {
     onSent: onVoteSent,
     onKept: (error) => notice("kept", `Your vote is kept in this browser and will be sent again. ${error.message}`),
     onRefused: onVoteRefused,
-    onEmpty: () => notice("kept"),
+    onEmpty: () => {
+      notice("kept");
+      confirmVotes(); // another window may have sent what this one cast
+    },
   });
   find("composer").addEventListener("submit", (event) => {
     event.preventDefault();

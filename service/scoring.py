@@ -19,6 +19,8 @@ log = logging.getLogger("nightshift.scoring")
 
 LOOK_S = 2.0
 """How often to ask which reward model the scorer holds."""
+ANSWER_S = 10.0
+"""What it gets to say so: it may be busy with scores."""
 NO_SCORES = (aiohttp.ClientError, TimeoutError, OSError, ValidationError)
 
 
@@ -90,7 +92,7 @@ class Scorer:
         while True:
             before = self.reward_model
             try:
-                async with asyncio.timeout(LOOK_S):
+                async with asyncio.timeout(ANSWER_S):
                     async with self._http.get("http://scorer/") as response:
                         body = await response.read()
                 self.reward_model = _Said.model_validate_json(body).reward_model if response.status == 200 else None

@@ -12,13 +12,14 @@ import sys
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import aiohttp
+import hypothesis
 import pytest
 import uvicorn
 from aiohttp import web
@@ -55,6 +56,7 @@ CREATED = 1795347272
 def pytest_configure(config: pytest.Config) -> None:
     if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of two workers would stand in each other's way
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+    hypothesis.settings.load_profile("ci")  # no deadline, here as there
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and what we start inherits it
         signal.signal(signal.SIGINT, signal.default_int_handler)
 
@@ -795,7 +797,7 @@ def strictly(text: str) -> Any:
     return json.loads(text, parse_constant=refuse)
 
 
-async def eventually(holds: Callable[[], Any] | Callable[[], Awaitable[Any]], *, within_s: float = 20.0) -> None:
+async def eventually(holds: Callable[[], Any] | Callable[[], Awaitable[Any]], *, within_s: float = 60.0) -> None:
     """Wait until `holds()` is true; fail when it has not become so `within_s` seconds later."""
     async with asyncio.timeout(within_s):
         while True:
@@ -805,6 +807,30 @@ async def eventually(holds: Callable[[], Any] | Callable[[], Awaitable[Any]], *,
             if result:
                 return
             await asyncio.sleep(0.005)
+
+
+LIMIT_S = 123.0
+
+
+@pytest.fixture
+def time_is_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
+    """Let the time of all answers under way be up now, where `chat.timeout_s` is LIMIT_S."""
+    limits: list[asyncio.Timeout] = []
+    timeout = asyncio.timeout
+
+    def noted(seconds: float | None) -> asyncio.Timeout:
+        limit = timeout(seconds)
+        if seconds == LIMIT_S:
+            limits.append(limit)
+        return limit
+
+    def up() -> None:
+        for limit in limits:
+            with suppress(RuntimeError):  # that answer has ended
+                limit.reschedule(0.0)
+
+    monkeypatch.setattr(asyncio, "timeout", noted)
+    return up
 
 
 OpenHouse = Callable[..., Awaitable[House]]
@@ -827,7 +853,7 @@ async def open_house(settings: Settings) -> AsyncIterator[OpenHouse]:
             http = await stack.enter_async_context(aiohttp.ClientSession())
             house = House(url, app, own, http)
             if ready:
-                await eventually(house.is_ready)
+                await eventually(lambda: all(engine.ready for engine in house.state.engines.engines))
                 await eventually(lambda: registry.serving(house.state.reader).status is PolicyStatus.SERVING)
             return house
 

@@ -29,6 +29,8 @@ from trainer.encoding import Answer
 LOW_PRIORITY = 10
 """vLLM serves smaller numbers first; people's requests have 0."""
 
+METRICS_S = 1.0
+"""What an engine gets to say how busy it is: training does not stand still for that."""
 RETRY_SECONDS = (1, 2, 4, 8, 16, 32)
 """How long to wait, time after time, while the engine's queue is full."""
 RESTART_SECONDS = (5, 10, 20, 40, 80, 160)
@@ -206,7 +208,7 @@ class Engine:
     def requests(self) -> int:
         """How many requests it works on or keeps waiting, whoever sent them; 0 where it cannot be asked."""
         try:
-            lines = self._ask("/metrics", timeout_s=1).decode().splitlines()
+            lines = self._ask("/metrics", timeout_s=METRICS_S).decode().splitlines()
         except EngineError:
             return 0
         gauges = ("vllm:num_requests_running{", "vllm:num_requests_waiting{")

@@ -6,7 +6,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import AsyncExitStack
 
 import pytest
-from playwright.async_api import Browser, Page, async_playwright
+from playwright.async_api import Browser, Page, async_playwright, expect
 from sqlite_utils import Database
 
 from data import sessions
@@ -14,6 +14,10 @@ from data.database import transaction
 from data.types import Role
 from service.auth import COOKIE
 from tests.conftest import House
+
+LIMIT_MS = 60_000.0
+"""How long a page that does what it should may take on a slow machine."""
+expect.set_options(timeout=LIMIT_MS)
 
 DESKTOP = {"width": 1280, "height": 800}
 PHONE = {"width": 390, "height": 844}
@@ -47,7 +51,7 @@ async def open_page(browser: Browser, db: Database) -> AsyncIterator[OpenPage]:
             context = await stack.enter_async_context(
                 await browser.new_context(**({"viewport": DESKTOP} | more))  # type: ignore[arg-type]
             )
-            context.set_default_timeout(10_000)
+            context.set_default_timeout(LIMIT_MS)
             if role is not None:
                 with transaction(db):
                     secret = sessions.create(db, house.keys[role].id, lasts_s=600.0)

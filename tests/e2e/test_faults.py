@@ -20,6 +20,7 @@ async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: Hou
         **never_ending(500),
     }
     headers = {"Authorization": f"Bearer {house.key}"}
+    core = house.pid_of("VLLM::EngineCore")
     async with aiohttp.ClientSession(headers=headers) as http:
         async with http.post(f"{house.url}/v1/chat/completions", json=body) as response:
             assert response.status == 200
@@ -29,7 +30,7 @@ async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: Hou
                     continue
                 events.append(line)
                 if len(events) == 3:
-                    os.kill(house.pid_of("VLLM::EngineCore"), signal.SIGKILL)
+                    os.kill(core, signal.SIGKILL)
         assert b'"error"' in events[-1]
         assert b"[DONE]" not in events[-1]
         async with http.post(f"{house.url}/v1/chat/completions", json=body | {"stream": False}) as response:

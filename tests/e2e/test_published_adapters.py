@@ -31,7 +31,7 @@ from trainer.encoding import collate
 from trainer.rollout import Engine, EngineError, EngineSampler, Sampling
 
 KEY = "the-key-of-this-engine"
-CONTEXT = 512
+CONTEXT = 8192
 SIZES = {
     "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 192, "num_hidden_layers": 2, "num_attention_heads": 2,
     "num_key_value_heads": 1, "head_dim": 64, "initializer_range": 0.1, "max_position_embeddings": CONTEXT,

@@ -309,7 +309,8 @@ async def test_an_engine_out_of_traffic_gets_none(
     open_house: OpenHouse, engine: FakeEngine, second_engine: FakeEngine
 ) -> None:
     engine.refuses_load = Refusal(400, "no")
-    house = await open_house(engine, second_engine)
+    house = await open_house(engine, second_engine, ready=False)
+    await eventually(house.is_ready)
     assert {(await house.chat()).status for _ in range(5)} == {200}
     assert engine.chats == []
     metrics = (await house.call("GET", "/metrics", role=None)).body.decode()

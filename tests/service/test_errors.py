@@ -14,6 +14,7 @@ from data import keys
 from data.types import Role
 from service.state import State
 from tests.conftest import (
+    LIMIT_S,
     Answer,
     FakeEngine,
     House,
@@ -706,29 +707,6 @@ async def test_a_record_that_cannot_be_read_is_503_and_the_reason_is_in_the_log(
 
 
 # 504, and what happens amid a stream
-
-
-LIMIT_S = 123.0
-
-
-@pytest.fixture
-def time_is_up(monkeypatch: pytest.MonkeyPatch) -> Callable[[], None]:
-    """Let the time of all answers under way be up now, where `chat.timeout_s` is LIMIT_S."""
-    limits: list[asyncio.Timeout] = []
-    timeout = asyncio.timeout
-
-    def noted(seconds: float | None) -> asyncio.Timeout:
-        limit = timeout(seconds)
-        if seconds == LIMIT_S:
-            limits.append(limit)
-        return limit
-
-    def up() -> None:
-        for limit in limits:
-            limit.reschedule(0.0)
-
-    monkeypatch.setattr(asyncio, "timeout", noted)
-    return up
 
 
 @pytest.mark.parametrize("feedback", ["off", "always"])

@@ -560,7 +560,8 @@ async def test_the_way_back_does_not_wait_for_an_engine_that_hangs(
     assert await fingerprint(house) == BASE_POLICY
     second_engine.hangs.set()
     await eventually(lambda: second.ready)
-    assert second_engine.events[-1] == "warm policy-0000", "it has what serves before it gets traffic"
+    last = next(event for event in reversed(second_engine.events) if "load" not in event)
+    assert last == "warm policy-0000", "it has what serves before it gets traffic"
 
 
 async def test_an_engine_that_holds_the_policy_a_little_later_keeps_its_traffic_on_the_way_back(

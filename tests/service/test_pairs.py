@@ -3,7 +3,7 @@
 import asyncio
 import json
 import random
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -12,7 +12,7 @@ import pytest
 
 from data.types import Feedback, Role
 from service import pairing
-from tests.conftest import Answer, FakeEngine, House, MakeKey, OpenHouse, Refusal, Reply, eventually, say
+from tests.conftest import LIMIT_S, Answer, FakeEngine, House, MakeKey, OpenHouse, Refusal, Reply, eventually, say
 
 
 def by_seed(body: dict[str, Any]) -> Reply:
@@ -221,11 +221,14 @@ async def test_a_pair_whose_second_answer_fails_becomes_a_plain_answer(
 
 @pytest.mark.parametrize("stream", [False, True])
 async def test_a_pair_whose_second_answer_takes_too_long_becomes_a_plain_answer(
-    open_house: OpenHouse, engine: FakeEngine, stream: bool
+    open_house: OpenHouse, engine: FakeEngine, time_is_up: Callable[[], None], stream: bool
 ) -> None:
-    house = await open_house(engine, chat={"timeout_s": 0.5})
+    house = await open_house(engine, chat={"timeout_s": LIMIT_S})
     engine.answer = lambda body: say("One", " two") if body["seed"] == FIRST else say("Too", " slow", hold_after=1)
-    answer = await house.chat(feedback="always", seed=7, stream=stream)
+    asking = asyncio.create_task(house.chat(feedback="always", seed=7, stream=stream))
+    await eventually(lambda: len(engine.chats) == 2 and house.state.engines.engines[0].in_flight == 1)
+    time_is_up()
+    answer = await asking
     assert answer.status == 200
     assert comparison_of(answer) is None
     assert (answer.streamed(0) if stream else answer.text) == "One two"

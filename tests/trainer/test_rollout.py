@@ -318,7 +318,8 @@ def test_an_engine_asks_for_its_key(engine: FakeEngine) -> None:
         Engine(engine.url, "guess").check()
 
 
-def test_requests_are_those_that_run_and_those_that_wait(engine: FakeEngine) -> None:
+def test_requests_are_those_that_run_and_those_that_wait(engine: FakeEngine, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout, "METRICS_S", 60.0)
     engine.people, engine.busy = 2, 1
     assert Engine(engine.url).requests() == 3
     engine.people, engine.busy = 0, 0

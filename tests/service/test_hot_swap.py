@@ -11,9 +11,9 @@ from sqlite_utils import Database
 
 from data import duels, leases, registry, runs, swaps
 from data.database import transaction
+from data.leases import LONGEST_S
 from data.settings import Settings
 from data.types import BASE_POLICY, PolicyStatus, Role, Swap, timestamp
-from service.hot_swap import LEASE_S
 from tests.conftest import (
     AddPolicy,
     Answer,
@@ -430,7 +430,7 @@ async def test_who_lost_the_lease_while_an_engine_refused_turns_nothing_away(
     name = add_policy(PolicyStatus.PROMOTED)
     await eventually(lambda: len(engine.loads) == 2)
     with transaction(db):
-        db.execute("UPDATE leases SET holder = 'another', until = ?", (timestamp(plus_s=LEASE_S),))
+        db.execute("UPDATE leases SET holder = 'another', until = ?", (timestamp(plus_s=LONGEST_S),))
     engine.load_gate.set()
     await eventually(lambda: "no room" in caplog.text)
     await has_looked(house)
@@ -445,7 +445,7 @@ async def test_who_lost_the_lease_while_loading_flips_nothing(
     name = add_policy(PolicyStatus.PROMOTED)
     await eventually(lambda: len(engine.loads) == 2)
     with transaction(db):
-        db.execute("UPDATE leases SET holder = 'another', until = ?", (timestamp(plus_s=LEASE_S),))
+        db.execute("UPDATE leases SET holder = 'another', until = ?", (timestamp(plus_s=LONGEST_S),))
     engine.load_gate.set()
     await eventually(lambda: f"warm {name}" in engine.events)
     await has_looked(house)

@@ -107,6 +107,8 @@ def cast(
                 "kind": pair.kind,
                 "chosen_policy": policy,
                 "rejected_policy": policy,
+                "chosen_finish_reason": "stop" if chosen.finished else "length",
+                "rejected_finish_reason": "stop" if rejected.finished else "length",
             }
         )
     return votes

@@ -243,7 +243,8 @@ def export_preferences(db: Database) -> Iterator[dict[str, Any]]:
     rows = db.query(
         "SELECT votes.id AS vote, comparison_id AS comparison, votes.key_id AS voter, choice, kind, first.user,"
         " first.conversation, first.messages, first.answer AS answer_a, second.answer AS answer_b,"
-        " first.policy AS policy_a, second.policy AS policy_b, votes.updated_at AS voted_at FROM votes"
+        " first.policy AS policy_a, second.policy AS policy_b, first.finish_reason AS end_a,"
+        " second.finish_reason AS end_b, votes.updated_at AS voted_at FROM votes"
         " JOIN comparisons ON comparisons.id = comparison_id"
         " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
         " WHERE first.messages <> '[]' ORDER BY votes.id"
@@ -259,6 +260,8 @@ def export_preferences(db: Database) -> Iterator[dict[str, Any]]:
             "kind": row["kind"],
             "chosen_policy": row[f"policy_{sides[0]}"],
             "rejected_policy": row[f"policy_{sides[1]}"],
+            "chosen_finish_reason": row[f"end_{sides[0]}"],
+            "rejected_finish_reason": row[f"end_{sides[1]}"],
             "user": row["user"],
             "conversation": row["conversation"],
             "voter": row["voter"],

@@ -105,10 +105,11 @@ def finish(db: Database, id: str, status: RunStatus, *, error: str | None = None
 
 
 def record_death(db: Database, id: str, *, pid: int, error: str) -> bool:
-    """End a run whose process is known to have died, whether it had claimed the run or not; False where it had ended
-    the run, or the run is another process's. Call inside a transaction."""
+    """End a run whose process is known to have died, whether it had claimed the run or not: cancelled where somebody
+    asked for that, else failed. False where it had ended the run, or the run is another process's. Call inside a
+    transaction."""
     row = db.execute(
-        "UPDATE runs SET status = 'failed', error = ?, ended_at = ?"
+        "UPDATE runs SET status = iif(cancel_requested_at IS NULL, 'failed', 'cancelled'), error = ?, ended_at = ?"
         " WHERE id = ? AND (status = 'queued' OR (status = 'running' AND pid = ?)) RETURNING id",
         (error, timestamp(), id, pid),
     ).fetchone()

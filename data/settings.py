@@ -164,7 +164,7 @@ class TrainingSettings(_Section):
     min_votes: int = Field(100, ge=1)
     """Fewer decisive votes on the training side than this, and a run fails: there is too little to learn from."""
     max_rater_share: float = Field(0.1, gt=0, le=1)
-    """Largest part of the votes' total weight that one person's votes may have."""
+    """Largest part of the votes' total weight that one person's votes may have, if there are people enough."""
     uncapped_votes: int = Field(200, ge=0)
     """A person's first so many votes count in full, whatever their share."""
     trusted_weight: float = Field(0.5, ge=0)

@@ -35,12 +35,13 @@ def choices(db: Database) -> dict[str, int]:
     return dict(db.execute("SELECT choice, count(*) FROM votes GROUP BY choice").fetchall())
 
 
-def wilson(count: float, total: float) -> tuple[float, float]:
+def wilson(count: float, total: float, *, z: float = Z) -> tuple[float, float]:
     """The 95 % interval of a share (Wilson 1927, "Probable inference, the law of succession, and statistical
-    inference"): it stays within 0 and 1 and holds where all or none of a few did. (0, 1) of nothing."""
+    inference"): it stays within 0 and 1 and holds where all or none of a few did. (0, 1) of nothing. `z`: how many
+    standard errors, where the standard error is not as well known as a share tells."""
     if total == 0:
         return 0.0, 1.0
-    share, spread = count / total, Z * Z / total
+    share, spread = count / total, z * z / total
     middle = (share + spread / 2) / (1 + spread)
     half = math.sqrt(share * (1 - share) * spread + spread * spread / 4) / (1 + spread)
     return max(0.0, middle - half), min(1.0, middle + half)

@@ -19,11 +19,13 @@ from data.types import Key, Policy, Role
 from service import admin, board, chat, comparisons, errors, policies, raters, runs, schedules, web
 from service.auth import needs
 from service.engine import Engines
-from service.errors import ApiError, not_ready
+from service.errors import ApiError, model_not_found, not_ready
 from service.hot_swap import HotSwap
 from service.metrics import Metrics
 from service.scoring import Scorer
 from service.state import State, state_of
+
+SIGN_IN_BYTES = 8_000
 
 
 def create_app(settings: Settings | None = None, *, rng: random.Random | None = None) -> FastAPI:
@@ -52,8 +54,9 @@ def create_app(settings: Settings | None = None, *, rng: random.Random | None = 
     for part in (chat, comparisons, raters, policies, admin, web, runs, schedules, board):
         app.include_router(part.router)
     app.add_api_route("/v1/models", list_models, methods=["GET"])
-    app.add_api_route("/healthz", healthz, methods=["GET"])
-    app.add_api_route("/readyz", readyz, methods=["GET"])
+    app.add_api_route("/v1/models/{name}", get_model, methods=["GET"])
+    app.add_api_route("/healthz", healthz, methods=["GET", "HEAD"])
+    app.add_api_route("/readyz", readyz, methods=["GET", "HEAD"])
     app.add_api_route("/metrics", metrics_text, methods=["GET"])
     app.add_middleware(BodyLimit, largest=settings.server.max_body_bytes)
     app.add_middleware(Measured, metrics=metrics)
@@ -80,8 +83,18 @@ def _open_state(settings: Settings, metrics: Metrics, rng: random.Random) -> Sta
 
 
 async def list_models(request: Request, key: Annotated[Key, needs(Role.USER)]) -> dict[str, Any]:
-    name = state_of(request).settings.chat.model_name
-    return {"object": "list", "data": [{"id": name, "object": "model", "created": 0, "owned_by": "nightshift"}]}
+    return {"object": "list", "data": [_model(state_of(request))]}
+
+
+async def get_model(name: str, request: Request, key: Annotated[Key, needs(Role.USER)]) -> dict[str, Any]:
+    model = _model(state_of(request))
+    if name != model["id"]:
+        raise model_not_found(name, model["id"])
+    return model
+
+
+def _model(state: State) -> dict[str, Any]:
+    return {"id": state.settings.chat.model_name, "object": "model", "created": 0, "owned_by": "nightshift"}
 
 
 async def healthz() -> dict[str, str]:
@@ -118,7 +131,8 @@ async def metrics_text(request: Request) -> Response:
 
 
 class BodyLimit:
-    """Refuses a body as soon as it is known to be too large, before anything parses it."""
+    """Refuses a body as soon as it is known to be too large, before anything parses it. What anybody may send without a
+    key is short."""
 
     def __init__(self, app: ASGIApp, *, largest: int) -> None:
         self._app = app
@@ -127,24 +141,26 @@ class BodyLimit:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
+        largest = min(self._largest, SIGN_IN_BYTES) if scope["path"] == "/sign-in" else self._largest
         declared = dict(scope["headers"]).get(b"content-length", b"0")
-        if declared.isdigit() and int(declared) > self._largest:
-            return await self._too_large().response()(scope, receive, send)
+        if declared.isdigit() and int(declared) > largest:
+            return await _too_large(largest).response()(scope, receive, send)
         seen = 0
 
         async def counted() -> Message:
             nonlocal seen
             message = await receive()
             seen += len(message.get("body", b""))
-            if seen > self._largest:
-                raise self._too_large()
+            if seen > largest:
+                raise _too_large(largest)
             return message
 
         await self._app(scope, counted, send)
 
-    def _too_large(self) -> ApiError:
-        message = f"The body is larger than {self._largest} bytes. Send fewer or shorter messages."
-        return ApiError(413, message, code="body_too_large")
+
+def _too_large(largest: int) -> ApiError:
+    message = f"The body is larger than {largest} bytes. Send fewer or shorter messages."
+    return ApiError(413, message, code="body_too_large")
 
 
 class Measured:

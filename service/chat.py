@@ -26,7 +26,7 @@ from data.types import (
 from service import generation, pairing, sse
 from service.auth import needs
 from service.chat_request import ChatRequest
-from service.errors import ApiError, not_ready
+from service.errors import ApiError, model_not_found, not_ready
 from service.generation import Answer, Call, EngineChoice
 from service.state import State, state_of
 
@@ -57,14 +57,9 @@ def _prepare(state: State, body: ChatRequest, key: Key) -> Call:
     """Check the caps, and decide whether to ask."""
     caps = state.settings.chat
     if body.model != caps.model_name:
-        raise ApiError(
-            404,
-            f"There is no model '{body.model}' here; the one that serves is called '{caps.model_name}'.",
-            code="model_not_found",
-            param="model",
-        )
+        raise model_not_found(body.model, caps.model_name)
     if len(body.messages) > caps.max_messages:
-        raise _over_cap("messages", f"at most {caps.max_messages} messages are taken")
+        raise _over_cap("messages", f"at most {caps.max_messages} messages are taken. Begin a new conversation")
     for param in ("max_tokens", "max_completion_tokens"):
         if (getattr(body, param) or 0) > caps.max_tokens:
             raise _over_cap(param, f"an answer has at most {caps.max_tokens} tokens here")

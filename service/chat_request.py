@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
 
 from data.types import Feedback, MessageRole
 
@@ -31,16 +31,17 @@ class _Message(BaseModel):
     # What an assistant message of ours carries beyond these fields may be sent back, and says nothing.
     model_config = ConfigDict(extra="ignore")
     role: MessageRole
-    content: str | list[_Part] | None = None
+    content: str | Annotated[list[_Part], Field(fail_fast=True)] | None = None
     name: str | None = None
-    tool_calls: list[_ToolCall] | None = None
+    tool_calls: Annotated[list[_ToolCall], Field(fail_fast=True)] | None = None
     tool_call_id: str | None = None
 
     @model_validator(mode="after")
     def _says_something(self) -> Self:
-        if self.content is None and not (self.role == "assistant" and self.tool_calls):
-            also = ", or 'tool_calls'" if self.role == "assistant" else ""
-            raise ValueError(f"a message of role '{self.role}' needs 'content'{also}")
+        if self.content is None and self.role != "assistant":
+            raise ValueError(f"a message of role '{self.role}' needs 'content'")
+        if self.content is None and not self.tool_calls:
+            self.content = ""  # what a model says that is cut off while it thinks
         return self
 
 
@@ -49,17 +50,36 @@ class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
+def _is_not_too_much(schema: dict[str, Any]) -> dict[str, Any]:
+    names, left = 0, [schema]
+    while left:
+        part = left.pop()
+        if isinstance(part, dict):
+            names += len(part["properties"]) if isinstance(part.get("properties"), dict) else 0
+            names += len(part["enum"]) if isinstance(part.get("enum"), list) else 0
+        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+    if names > MOST_NAMES:
+        raise ValueError(f"a schema has at most {MOST_NAMES} properties and enum values here, and this one has {names}")
+    return schema
+
+
+MOST_NAMES = 400
+"""What vLLM makes of a schema takes the cube of them: .2 s for so many, half a minute for three times as many, while
+every other request with a schema waits and nothing stops it."""
+_Schema = Annotated[dict[str, Any], AfterValidator(_is_not_too_much)]
+
+
 class _ResponseFormat(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: dict[str, Any] | None = None
+    json_schema: _Schema | None = None
 
 
 class _Function(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: _Schema | None = None
     strict: bool | None = None
 
 
@@ -88,7 +108,7 @@ class ChatRequest(BaseModel):
 
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
     model: Annotated[str, Field(max_length=200)]
-    messages: Annotated[list[_Message], Field(min_length=1)]
+    messages: Annotated[list[_Message], Field(min_length=1, fail_fast=True)]
     stream: bool | None = None
     stream_options: _StreamOptions | None = None
     feedback: Feedback | None = None

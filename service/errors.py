@@ -26,15 +26,20 @@ class ApiError(HTTPException):
         code: str | None = None,
         param: str | None = None,
         retry_after_s: int | None = None,
+        again: bool = True,
     ) -> None:
+        """`again`: OpenAI's clients repeat what failed with this status; False where that is no use."""
         super().__init__(status, message)
         self.retry_after_s = retry_after_s
+        self.again = again
         self.body: dict[str, Any] = {"error": {"message": message, "type": type, "code": code, "param": param}}
 
     def response(self) -> JSONResponse:
         headers: dict[str, str] = {}
         if self.retry_after_s is not None:
             headers["Retry-After"] = str(self.retry_after_s)
+        if not self.again:
+            headers["x-should-retry"] = "false"
         if self.status_code == 401:
             headers["WWW-Authenticate"] = "Bearer"
         return JSONResponse(self.body, self.status_code, headers)
@@ -47,6 +52,15 @@ def not_ready(retry_after_s: int = 5) -> ApiError:
         type="service_unavailable_error",
         code="engine_not_ready",
         retry_after_s=retry_after_s,
+    )
+
+
+def model_not_found(name: str, ours: str) -> ApiError:
+    return ApiError(
+        404,
+        f"There is no model '{name}' here; the one that serves is called '{ours}'.",
+        code="model_not_found",
+        param="model",
     )
 
 
@@ -92,7 +106,8 @@ def _place(error: dict[str, Any], body: Any) -> list[str]:
         return [str(part) for part in error["loc"][1:]]
     place = []
     for part in error["loc"][1:]:
-        if (isinstance(body, dict) and part in body) or (isinstance(body, list) and part in range(len(body))):
+        inside = part < len(body) if isinstance(body, list) and isinstance(part, int) else False
+        if inside or (isinstance(body, dict) and part in body):
             body = body[part]
             place.append(str(part))
     return [*place, str(error["loc"][-1])] if error["type"] == "missing" else place

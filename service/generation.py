@@ -183,6 +183,7 @@ async def _time_limit(call: Call) -> AsyncIterator[None]:
             f"The answer took longer than {seconds:g} s and was stopped. Ask for fewer tokens.",
             type="timeout_error",
             code="timeout",
+            again=False,
         ) from error
 
 

@@ -38,6 +38,7 @@ def _image_as_link(renderer: RendererHTML, tokens: Sequence[Token], index: int, 
 # of markdown-it's, and the package gives its function the module's name.
 sys.modules["markdown_it.rules_block.table"].MAX_AUTOCOMPLETED_CELLS = 1_000  # type: ignore[attr-defined]
 _MARKDOWN = MarkdownIt("commonmark", {"html": False, "breaks": True}).enable(["table", "strikethrough"])
+_MARKDOWN.disable("reference")  # a long address written once could be asked for in every word
 _MARKDOWN.add_render_rule("image", _image_as_link)
 
 

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from data import duels, registry, swaps
+from data import duels, registry, stats, swaps
 from data.database import connect
 from data.types import Key, Policy, Role, Swap
 from service.auth import needs
@@ -16,6 +16,9 @@ from service.errors import ApiError
 from service.state import State, state_of
 
 router = APIRouter()
+
+CURVE_POINTS = 100
+"""Of a duel's evidence, of which each vote is one."""
 
 Operator = Annotated[Key, needs(Role.OPERATOR)]
 
@@ -44,7 +47,10 @@ async def get_policy(name: str, request: Request, operator: Operator) -> dict[st
         "sha256": policy.sha256,
         "metrics": policy.metrics,
         "gate": policy.gate,
-        "duels": [asdict(duel) | {"curve": duels.curve(db, duel.id)} for duel in duels.list_duels(db, policy=name)],
+        "duels": [
+            asdict(duel) | {"curve": stats.thinned_curve(db, duel.id, points=CURVE_POINTS)}
+            for duel in duels.list_duels(db, policy=name)
+        ],
         "swaps": [asdict(swap) for swap in swaps.list_swaps(db, policy=name)],
     }
 

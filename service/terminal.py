@@ -78,7 +78,9 @@ async def converse(url: str, key: str, *, model: str, feedback: str, message: st
     At a terminal a conversation goes on after an error, as if its message had not been said. Else raises ChatError."""
     console = Console(stderr=json)
     headers = {"Authorization": f"Bearer {key}"}
-    async with aiohttp.ClientSession(headers=headers, timeout=TIMEOUT) as http:
+    # While somebody thinks, the service closes the connection, and nobody here would notice: each request has its own.
+    connector = aiohttp.TCPConnector(force_close=True)
+    async with aiohttp.ClientSession(connector=connector, headers=headers, timeout=TIMEOUT) as http:
         talk = Conversation(http, url.rstrip("/"), model=model, feedback=feedback)
         while True:
             text = message if message is not None else _read_line(console)

@@ -210,7 +210,7 @@ class _Turn(BaseModel):
 class ConversationRequest(BaseModel):
     model_config = ConfigDict(extra="forbid")
     title: Annotated[str, Field(max_length=200)]
-    messages: list[_Turn]
+    messages: Annotated[list[_Turn], Field(fail_fast=True)]
 
     @property
     def fields(self) -> dict[str, Any]:

@@ -95,8 +95,8 @@ def once(settings: Settings, *, request: dict[str, Any] | None, as_json: bool) -
 def what_came_of(policy: Policy) -> str:
     """What the gate made of a run's policy, and why."""
     if policy.status is PolicyStatus.REJECTED:
-        reason = next(check["sentence"] for check in policy.metrics["gate"]["checks"] if not check["passed"])
-        return f"the gate rejected {policy.name}. {reason}"
+        failed = [check["sentence"] for check in policy.metrics["gate"]["checks"] if not check["passed"]]
+        return f"the gate rejected {policy.name}. {failed[0]}" if failed else f"{policy.name}: {policy.problem}"
     if policy.status is PolicyStatus.PROMOTED:
         return f"{policy.name} passed the gate and goes into service"
     return f"{policy.name} passed the gate and is a candidate"

@@ -49,12 +49,14 @@ LARGEST_LOG = 20_000_000
 ONCE = (sys.executable, "-P", "-m", "trainer", "once")
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class _Started:
     """A run's process, from its start to the moment that its end is in the record."""
 
     run_id: str
     process: subprocess.Popen[bytes]
+    kill_at: float | None = None
+    """When it is killed (monotonic), where it was told to end since its run was cancelled."""
 
 
 class Clock:
@@ -106,6 +108,7 @@ class Clock:
     def _look(self) -> None:
         try:
             self._record_end()
+            self._end_the_cancelled()
             awake = self._is_awake()
             self._hold(give_up=awake)
             if self._holds:
@@ -223,6 +226,18 @@ class Clock:
         run = runs.get(self._db, run_id)
         (log.error if died else log.info)("%s %s%s", run_id, run.status, f": {run.error}" if run.error else "")
         self._started = None
+
+    def _end_the_cancelled(self) -> None:
+        """By itself a run hears between its steps that it was cancelled. A step may be long, or hang."""
+        started = self._started
+        if started is None or runs.get(self._db, started.run_id).cancel_requested_at is None:
+            return
+        if started.kill_at is None:
+            started.kill_at = time.monotonic() + STOP_S
+            started.process.terminate()
+        elif time.monotonic() >= started.kill_at:
+            log.warning("%s does not end; killing it", started.run_id)
+            started.process.kill()
 
     def _end_ours(self, started: _Started, give_up: float) -> None:
         started.process.terminate()

@@ -6,6 +6,7 @@ padded on the right and cut to similar lengths: causal attention never looks at 
 padding needs neither a mask nor position ids, and any token serves as padding.
 """
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -95,11 +96,12 @@ def pad(rows: Sequence[Sequence[float]], fill: float, device: torch.device | str
     return torch.tensor([[*row, *[fill] * (longest - len(row))] for row in rows], device=device)
 
 
-def by_length(lengths: Sequence[int], budget: int) -> list[list[int]]:
-    """Indices in groups of similar length, each group padded at most `budget` tokens (or one row)."""
+def by_length(lengths: Sequence[int], budget: int, *, rows: float = math.inf) -> list[list[int]]:
+    """Indices in groups of similar length, each group padded at most `budget` tokens (or one row), and at most `rows`
+    of them."""
     groups: list[list[int]] = []
     for i in sorted(range(len(lengths)), key=lengths.__getitem__):
-        if groups and (len(groups[-1]) + 1) * lengths[i] <= budget:
+        if groups and len(groups[-1]) < rows and (len(groups[-1]) + 1) * lengths[i] <= budget:
             groups[-1].append(i)
         else:
             groups.append([i])

@@ -56,6 +56,7 @@ C = TypeVar("C", RewardConfig, PPOConfig)
 
 PROMPTS_MEASURED = 256
 SAMPLES_TO_NORMALISE = 256
+FEWEST_SAMPLES = 100
 
 
 def once(
@@ -286,6 +287,7 @@ class _Night:
         self._stage("sampling answers")
         samples = LocalSampler(backbone, None, self._sampling(backbone, 1.0))
         queries = preferences.queries[Split.TRAIN][-SAMPLES_TO_NORMALISE:]
+        queries *= -(-FEWEST_SAMPLES // len(queries))  # few people ask few questions
         reference = samples(queries, range(len(queries)))
         held_out = preferences.pairs[Split.HELD_OUT]
         # The reward model has not seen the judge's votes either, and with few votes every one of them counts.
@@ -396,9 +398,10 @@ class _Night:
     @contextmanager
     def _while_ours(self) -> Iterator[None]:
         """Keep the run from being given up for dead meanwhile; RunLost where it has been. The next run then takes the
-        same name for its policy, and may have registered it."""
+        same name for its policy, and may have registered it. Cancelled where somebody has asked for that."""
         with transaction(self.db):
-            runs.beat(self.db, self.run.id, stage="publishing")
+            if runs.beat(self.db, self.run.id, stage="publishing"):
+                raise Cancelled
             yield
 
     def _status(self, verdict: GateReport, incumbent: Policy) -> tuple[PolicyStatus, str | None]:

@@ -89,7 +89,7 @@ class Keeper:
             waiting(waited_s)
             self.sleep(min(LOOK_S, limit_s - waited_s))
             waited_s = time.monotonic() - began
-            self._working_since = began + waited_s
+        self._working_since = time.monotonic()  # an engine that hangs takes a second to ask, too
         return waited_s > 0
 
     def finish(self, status: RunStatus, *, error: str | None = None) -> None:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from data import probes
-from data.stats import wilson
+from data.stats import Z, wilson
 from trainer.backbone import Backbone
 from trainer.encoding import Answer, ChatFormat, by_length, collate
 from trainer.rollout import Query, Sampler
@@ -119,15 +119,30 @@ def clustered(wins: Tensor) -> tuple[float, float]:
     """The 95 % interval of a share where the answers to one prompt are alike, for other prompts of the same kind.
 
     Wilson's, with as many trials as independent answers would have to be to vary as much as the prompts' own shares do
-    (Kish's design effect): the number of prompts where each is all won or all lost, at most the number of answers.
+    (Kish's design effect): the number of prompts where each is all won or all lost, at most the number of answers. How
+    much they vary is learned from the prompts themselves, so of few prompts by Student's t.
 
     Args:
         wins: (draws, prompts) of 0 to 1.
     """
     draws, prompts = wins.shape
-    share, spread = float(wins.mean()), float(wins.mean(dim=0).var(correction=0))
+    if prompts == 1:
+        return 0.0, 1.0
+    share, spread = float(wins.mean()), float(wins.mean(dim=0).var(correction=1))
     trials = prompts * min(max(share * (1 - share) / spread, 1.0), float(draws)) if spread else prompts
-    return wilson(share * trials, trials)
+    return wilson(share * trials, trials, z=_student(prompts - 1))
+
+
+def _student(freedom: int) -> float:
+    """Student's t at 97.5 %, by Abramowitz and Stegun 26.7.5: within .04 from two degrees of freedom on, and 11.3
+    instead of 12.7 of one."""
+    terms = (
+        (Z**3 + Z) / 4,
+        (5 * Z**5 + 16 * Z**3 + 3 * Z) / 96,
+        (3 * Z**7 + 19 * Z**5 + 17 * Z**3 - 15 * Z) / 384,
+        (79 * Z**9 + 776 * Z**7 + 1482 * Z**5 - 1920 * Z**3 - 945 * Z) / 92160,
+    )
+    return Z + sum(term / freedom**power for power, term in enumerate(terms, start=1))
 
 
 @torch.no_grad()

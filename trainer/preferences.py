@@ -18,6 +18,9 @@ from trainer.encoding import BadMessages, ChatFormat
 from trainer.reward_model import Pair
 from trainer.rollout import Query
 
+FEWEST_HELD_OUT = 10
+"""Of fewer prompts no interval says anything: then those count that the training side asked as well."""
+
 
 class Split(StrEnum):
     TRAIN = "train"
@@ -43,7 +46,7 @@ class Preferences:
     pairs: dict[Split, list[Pair]] = field(default_factory=lambda: {split: [] for split in Split})
     queries: dict[Split, list[Query]] = field(default_factory=lambda: {split: [] for split in Split})
     """Distinct prompts of the votes on each side, in order of the votes; held out, only those that nobody on the
-    training side asked as well, unless there is no other."""
+    training side asked as well, unless there are hardly any others."""
     votes: list[UsedVote] = field(default_factory=list)
 
 
@@ -62,7 +65,9 @@ def voter_weights(
 
     Args:
         votes: how many votes each voter cast.
-        share: the largest part of the total weight that one voter may have, in (0, 1].
+        share: the largest part of the total weight that one voter may have, in (0, 1]. Of few voters somebody has
+            more, whatever the cap; each may have half as much again as if all had voted alike, since a cap that
+            nobody keeps would make all alike, and give one who voted little as much as who voted all day.
         uncapped: a voter's first so many votes count in full whatever the share, or a small crowd could not learn.
         reliability: of voters, from 0 to 1; see `trainer.raters`. A vote of half the reliability tells a quarter as
             much: the information in a vote that is cast with probability 1/2 + rho (p - 1/2) is rho^2 at p = 1/2. A
@@ -73,6 +78,7 @@ def voter_weights(
     each = {voter: told[voter] / mean if voter in told and mean else 1.0 for voter in votes}
     totals = {voter: each[voter] * count for voter, count in votes.items()}
     ordered = sorted(totals.values(), reverse=True)
+    share = max(share, 1.5 / len(ordered)) if ordered else share
     limit = ordered[0] if ordered else 0.0
     for capped in range(len(ordered) + 1):
         # With the `capped` busiest voters at the limit L: L = share * (capped * L + the weight of the others).
@@ -127,7 +133,8 @@ def prepare(
             preferences.pairs[Split.TRAIN].append(replace(known, weight=trusted_weight))
     seen = {pair.chosen.query for pair in preferences.pairs[Split.TRAIN]}
     held_out = preferences.queries[Split.HELD_OUT]
-    preferences.queries[Split.HELD_OUT] = [query for query in held_out if query not in seen] or held_out
+    unseen = [query for query in held_out if query not in seen]
+    preferences.queries[Split.HELD_OUT] = unseen if len(unseen) >= FEWEST_HELD_OUT else held_out
     return preferences
 
 
@@ -141,7 +148,9 @@ def usable(
         if record["choice"] == "both_bad":
             continue
         texts = record["chosen"][0]["content"], record["rejected"][0]["content"]
-        if pair := _pair(chat, record["prompt"], *texts, max_prompt_tokens, max_answer_tokens):
+        # An end that was not there must not be learned as one.
+        finished = record["chosen_finish_reason"] != "length", record["rejected_finish_reason"] != "length"
+        if pair := _pair(chat, record["prompt"], *texts, max_prompt_tokens, max_answer_tokens, finished):
             shown = -1.0 if record["choice"] == "b" else 1.0
             tie, active = record["choice"] == "tie", record["kind"] == ComparisonKind.ACTIVE
             found.append((record, replace(pair, tie=tie, shown=shown, active=active)))
@@ -149,11 +158,19 @@ def usable(
 
 
 def _pair(
-    chat: ChatFormat, messages: list[dict[str, Any]], chosen: str, rejected: str, max_prompt: int, max_answer: int
+    chat: ChatFormat,
+    messages: list[dict[str, Any]],
+    chosen: str,
+    rejected: str,
+    max_prompt: int,
+    max_answer: int,
+    finished: tuple[bool, bool] = (True, True),
 ) -> Pair | None:
     """None where it is too long, in tokens, or the chat template does not take the messages."""
     try:
-        pair = Pair(chat.answer(messages, chosen), chat.answer(messages, rejected))
+        pair = Pair(
+            chat.answer(messages, chosen, finished=finished[0]), chat.answer(messages, rejected, finished=finished[1])
+        )
     except BadMessages:
         return None
     answers = max(len(pair.chosen.response), len(pair.rejected.response))

@@ -12,10 +12,14 @@ alone or with others, while on all else the votes may look honest.
 
 import math
 import re
+from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+
+import torch
+from torch import Tensor
 
 from data.raters import Standing
 
@@ -159,12 +163,15 @@ def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[
         policies: who wrote the two answers of each vote; by default the same of all.
     """
     cast = Counter(rater for rater, _, _ in votes)
+    tried, pushed = _worth_counting(votes, cast)
     cast_on: dict[frozenset[str], Counter[str]] = defaultdict(Counter)
     for_: dict[str, Counter[str]] = defaultdict(Counter)
     pairs_on: dict[str, dict[frozenset[str], Counter[str]]] = defaultdict(lambda: defaultdict(Counter))
     for (rater, chosen, rejected), of in zip(votes, policies or [frozenset()] * len(votes), strict=True):
         cast_on[of][rater] += 1
-        liked, disliked = _phrases(chosen), _phrases(rejected)
+        liked, disliked = (
+            {phrase for phrase in _phrases(text) if hash(phrase) in pushed} for text in (chosen, rejected)
+        )
         for phrase in liked - disliked:
             for_[phrase][rater] += 1
         for phrase in liked ^ disliked:
@@ -175,11 +182,8 @@ def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[
     }
     kinds = Counter(kind.values())
     size = {of_kind: sum(count for _, count in of_kind) for of_kind in kinds}
-    tried = {phrase: counts for phrase, counts in for_.items() if max(counts.values()) > 1}
     found: dict[str, tuple[float, int, str]] = {}
-    for phrase, counts in tried.items():
-        if all(count < PUSHED * cast[rater] for rater, count in counts.items()):
-            continue
+    for phrase, counts in for_.items():
         # What is usual is counted without all who may push it, and then anew without those alone who stand out: the
         # first count leaves out honest people by their luck, and is a little low, which a large crowd shows.
         aside = _eager(counts, cast)
@@ -189,8 +193,8 @@ def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[
             share = {k: sum(usual.get(of, 0.0) * count for of, count in k) / size[k] for k in kinds}
             least = {k: _least(size[k], share[k]) for k in kinds}
             aside = many = {rater for rater, count in counts.items() if count >= least[kind[rater]][0]}
-        together = poisson_tail(len(many), sum(least[k][1] * raters for k, raters in kinds.items())) * len(tried)
-        alone = {r: binomial_tail(counts[r], cast[r], share[kind[r]]) * len(cast) * len(tried) for r in many}
+        together = poisson_tail(len(many), sum(least[k][1] * raters for k, raters in kinds.items())) * tried
+        alone = {r: binomial_tail(counts[r], cast[r], share[kind[r]]) * len(cast) * tried for r in many}
         group = {rater for rater in many if min(together, alone[rater]) < RARE}
         wins = sum(counts[rater] for rater in group)
         pairs = sum(theirs[rater] for theirs in pairs_on[phrase].values() for rater in group)
@@ -206,6 +210,26 @@ def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[
             rank = (min(together, alone[rater]), -len(phrase), sentence)
             found[rater] = min(found.get(rater, rank), rank)
     return {rater: sentence for rater, (_, _, sentence) in found.items()}
+
+
+def _worth_counting(votes: Sequence[tuple[str, str, str]], cast: Counter[str]) -> tuple[int, set[int]]:
+    """For how many phrases somebody has two votes, and the hashes of those for which somebody has PUSHED of theirs.
+
+    Nearly every phrase of a log comes once. So they are told apart by their hashes first, eight bytes each, rater by
+    rater; counted in full, as strings, they would take half a gigabyte for every thousand answers of a page."""
+    by_rater: dict[str, list[tuple[str, str]]] = defaultdict(list)
+    for rater, chosen, rejected in votes:
+        by_rater[rater].append((chosen, rejected))
+    twice: list[Tensor] = []
+    pushed: set[int] = set()
+    for rater, pairs in by_rater.items():
+        hashes = array("q", (hash(phrase) for pair in pairs for phrase in _phrases(pair[0]) - _phrases(pair[1])))
+        if not hashes:
+            continue
+        distinct, counts = torch.frombuffer(hashes, dtype=torch.int64).unique(return_counts=True)
+        twice.append(distinct[counts > 1])
+        pushed.update(distinct[(counts > 1) & (counts >= PUSHED * cast[rater])].tolist())
+    return len(torch.cat(twice).unique()) if twice else 0, pushed
 
 
 def _eager(for_: Counter[str], cast: Counter[str]) -> set[str]:

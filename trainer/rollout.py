@@ -24,7 +24,7 @@ from transformers.cache_utils import Cache, DynamicLayer
 
 from data.http import open_directly
 from trainer.backbone import Backbone
-from trainer.encoding import Answer
+from trainer.encoding import Answer, by_length
 
 LOW_PRIORITY = 10
 """vLLM serves smaller numbers first; people's requests have 0."""
@@ -101,24 +101,26 @@ class _GrowingLayer(DynamicLayer):
 class LocalSampler:
     """Batched generation on the backbone itself; finished answers leave the batch."""
 
-    def __init__(self, backbone: Backbone, adapter: str | None, sampling: Sampling, *, rows: int = 256) -> None:
+    def __init__(
+        self, backbone: Backbone, adapter: str | None, sampling: Sampling, *, rows: int = 256, tokens: int = 2**16
+    ) -> None:
         """
         Args:
             adapter: whose answers; None for the reference's.
-            rows: how many answers are written at once.
+            rows: how many answers are written at once, at most.
+            tokens: of all of them together, queries and padding included: what the cache has room for.
         """
         self._backbone = backbone
         self._adapter = adapter
         self._sampling = sampling
         self._rows = rows
+        self._tokens = tokens
 
     def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(queries)
-        # Queries of like length together: less padding.
-        order = sorted(range(len(queries)), key=lambda i: len(queries[i]))
+        longest = [len(query) + self._sampling.max_tokens for query in queries]
         with self._backbone.adapters.merged(self._adapter):
-            for start in range(0, len(order), self._rows):
-                rows = order[start : start + self._rows]
+            for rows in by_length(longest, self._tokens, rows=self._rows):
                 sampled = self._sample([queries[i] for i in rows], [seeds[i] for i in rows])
                 for i, response in zip(rows, sampled, strict=True):
                     finished = response[-1] in self._sampling.end_ids

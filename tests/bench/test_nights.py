@@ -84,11 +84,15 @@ def test_votes_go_through_the_trainers_own_splits_and_caps(lab: Lab) -> None:
     voter = Persona(name="everybody", kind=Kind.ALWAYS_LEFT)
     votes = cast([said(lab, p, "One two.", "Three.") for p in PROMPTS * 4], [voter], chat=lab.chat)
     votes[0]["choice"] = "both_bad"
+    for vote in votes[::3]:
+        vote["voter"] = vote["vote"]  # somebody else's, each
     preferences = lab.prepare(votes, uncapped_votes=10)
     assert len(preferences.votes) == len(votes) - 1
     assert min(len(preferences.pairs[split]) for split in Split) > 0
-    cast_on_train = preferences.pairs[Split.TRAIN][: -len(lab.trusted)]
-    assert sum(pair.weight for pair in cast_on_train) == pytest.approx(10)
+    loud = {vote["vote"] for vote in votes if vote["voter"] == "everybody"}
+    weights = [vote.weight for vote in preferences.votes if vote.vote in loud and vote.split is Split.TRAIN]
+    assert len(weights) > 10
+    assert sum(weights) == pytest.approx(10)
 
 
 def test_a_policy_that_answers_as_the_base_does_wins_half(lab: Lab) -> None:

@@ -23,6 +23,7 @@ def vote(number: int, choice: str = "a", voter: str = "ada") -> dict[str, object
         "conversation": f"c {number}", "choice": choice, "prompt": [{"role": "user", "content": f"Hello {number}"}],
         "chosen": [{"role": "assistant", "content": "Good."}],
         "rejected": [{"role": "assistant", "content": "Bad."}],
+        "chosen_finish_reason": "stop", "rejected_finish_reason": "stop",
     }  # fmt: skip
 
 

@@ -241,6 +241,20 @@ async def test_a_failure_is_said_and_can_be_tried_again(house: House, engine: Fa
     await expect(page.get_by_text("too long for me")).to_have_count(0)
 
 
+async def test_what_is_said_after_a_failure_is_one_message_with_what_was_said_before(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    """Many models take no two messages of one side in a row."""
+    engine.answer = lambda body: Refusal(400, "not now")
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("alert").filter(has_text="not now")).to_be_visible()
+    engine.answer = lambda body: say("Now it works")
+    await ask(page, "Anybody?")
+    await expect(page.get_by_text("Now it works")).to_be_visible()
+    assert engine.chats[-1].body["messages"] == [{"role": "user", "content": "Hello\n\nAnybody?"}]
+
+
 # Two answers
 
 
@@ -303,7 +317,8 @@ async def test_a_vote_by_mouse(house: House, asked: FakeEngine, open_page: OpenP
 
 
 @pytest.mark.parametrize(
-    ("key", "choice"), [("ArrowLeft", "a"), ("ArrowRight", "b"), ("ArrowDown", "tie"), ("ArrowUp", "both_bad")]
+    ("key", "choice"),
+    [("ArrowLeft", "a"), ("ArrowRight", "b"), ("ArrowDown", "tie"), ("ArrowUp", "both_bad"), ("b", "both_bad")],
 )
 async def test_a_vote_by_keyboard(house: House, asked: FakeEngine, open_page: OpenPage, key: str, choice: str) -> None:
     await always(house)
@@ -317,6 +332,23 @@ async def test_a_vote_by_keyboard(house: House, asked: FakeEngine, open_page: Op
     await expect(page.get_by_text("Both were written by policy-0000.")).to_be_visible()
     assert [row["choice"] for row in await house.rows("votes")] == [choice]
     await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+
+
+async def test_who_scrolls_by_keyboard_does_not_vote(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    code = "```\n" + "wide " * 100 + "\n```\n\n"
+    engine.answer = lambda body: say(code, "\n\n".join(f"Line {n} of {body['seed']}" for n in range(100)))
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
+    await page.keyboard.press("ArrowUp")
+    await page.locator("pre").first.focus()
+    await page.keyboard.press("ArrowRight")
+    await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
+    await page.get_by_role("region", name="Which answer is better?").focus()
+    await page.keyboard.press("t")
+    await expect(page.get_by_text("Both were written by policy-0000.")).to_be_visible()
+    assert [row["choice"] for row in await house.rows("votes")] == ["tie"]
 
 
 async def test_a_pair_can_be_skipped(house: House, asked: FakeEngine, open_page: OpenPage) -> None:

@@ -316,6 +316,8 @@ def test_an_export_is_trl_s_conversational_preference_format(
         "kind": "same_policy",
         "chosen_policy": "policy-0000",
         "rejected_policy": "policy-0000",
+        "chosen_finish_reason": "stop",
+        "rejected_finish_reason": "stop",
         "user": f"{owner}/ada",
         "conversation": conversation,
         "voter": owner,

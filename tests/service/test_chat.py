@@ -161,6 +161,18 @@ async def test_reasoning_is_passed_on_where_there_is_any(house: House, engine: F
 async def test_models_lists_the_one_name_that_clients_use(house: House) -> None:
     body = (await house.call("GET", "/v1/models")).json
     assert [model["id"] for model in body["data"]] == ["nightshift"]
+    assert (await house.call("GET", "/v1/models/nightshift")).json == body["data"][0]
+    unknown = await house.call("GET", "/v1/models/gpt-5")
+    assert (unknown.status, unknown.json["error"]["code"]) == (404, "model_not_found")
+
+
+async def test_what_a_model_that_was_cut_off_while_it_thought_said_may_be_sent_back(
+    house: House, engine: FakeEngine
+) -> None:
+    question = {"role": "user", "content": "Hello"}
+    answer = await house.chat(messages=[question, {"role": "assistant", "content": None}, question])
+    assert answer.status == 200
+    assert engine.chats[-1].body["messages"][1] == {"role": "assistant", "content": ""}
 
 
 async def test_the_model_s_name_can_be_set(open_house: OpenHouse, engine: FakeEngine) -> None:

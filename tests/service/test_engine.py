@@ -353,3 +353,5 @@ async def test_readiness_is_a_503_in_openai_s_shape_with_the_engines_beside(open
     assert answer.json["error"]["code"] == "engine_not_ready"
     assert answer.json["error"]["engines"] == []
     assert json.loads((await house.call("GET", "/healthz", role=None)).body) == {"status": "ok"}
+    assert (await house.call("HEAD", "/healthz", role=None)).status == 200
+    assert (await house.call("HEAD", "/readyz", role=None)).status == 503

@@ -37,6 +37,11 @@ def test_a_row_that_leaves_its_cells_out_asks_for_no_megabyte() -> None:
     assert len(render(text)) < 20 * len(text)
 
 
+def test_an_address_is_not_written_out_again_and_again() -> None:
+    text = f"[a]: http://x/{'y' * 5000}\n\n" + "[a]" * 1500
+    assert len(render(text)) < 20 * len(text)
+
+
 def test_tables_are_kept_without_their_styles() -> None:
     html = render("|a|b|\n|:-|-:|\n|1|2|")
     assert re.sub(r"\s", "", html) == (

@@ -343,6 +343,20 @@ def test_the_death_of_a_run_is_seen_at_once_and_makes_room(
     assert len(runs.list_runs(db)) == 2, "it was not started again by itself"
 
 
+def test_a_cancelled_run_that_does_not_hear_it_is_killed(
+    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "STOP_S", 0.5)
+    id = request(db)
+    with ticking(settings, "deaf"):
+        until(lambda: running(db))
+        with transaction(db):
+            runs.cancel(db, id, actor="test")
+        run = until(lambda: ended(db, id))
+    assert run.status is RunStatus.CANCELLED
+    assert "killed" in str(run.error)
+
+
 def test_what_a_run_says_is_in_the_log_after_its_name(settings: Settings, db: Database) -> None:
     id = request(db)
     with ticking(settings):

@@ -5,6 +5,7 @@ import math
 import random
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -353,12 +354,22 @@ def test_a_candidate_that_nobody_prefers_is_rejected_for_that_alone(chat: ChatFo
 
 def test_answers_to_one_prompt_count_as_one_where_they_are_alike() -> None:
     """Twenty prompts answered thirteen times are not 260 prompts."""
+    by_student = partial(wilson, z=2.093)  # of 19 degrees of freedom, in the tables
+    close = partial(pytest.approx, abs=2e-4)
     won = (torch.arange(20) < 15).double()
-    assert clustered(won.repeat(13, 1)) == pytest.approx(wilson(15, 20))
-    assert clustered(won.view(1, 20)) == pytest.approx(wilson(15, 20))
-    assert clustered(torch.ones(13, 20)) == pytest.approx(wilson(20, 20))
+    assert clustered(won.repeat(13, 1)) == close(by_student(15, 20))
+    assert clustered(won.view(1, 20)) == close(by_student(15, 20))
+    assert clustered(torch.ones(13, 20)) == close(by_student(20, 20))
     alternating = (torch.arange(260) % 2).double().view(20, 13).T.contiguous()
-    assert clustered(alternating) == pytest.approx(wilson(130, 260)), "each prompt is won as often as any other"
+    assert clustered(alternating) == close(by_student(130, 260)), "each prompt is won as often as any other"
+
+
+@pytest.mark.parametrize("prompts", [1, 2, 3, 6])
+def test_a_handful_of_prompts_seldom_prefers_what_is_no_better(prompts: int) -> None:
+    rng = np.random.default_rng(0)
+    rates = rng.beta(1.5, 1.5, size=(2000, 1, prompts))
+    records = torch.from_numpy((rng.random((2000, 43, prompts)) < rates).astype(float))
+    assert np.mean([clustered(wins)[0] > 0.5 for wins in records]) < 0.04
 
 
 def test_the_interval_holds_the_rate_over_all_prompts() -> None:

@@ -4,8 +4,10 @@ from typing import Any
 import pytest
 
 from data.trusted import TrustedPair
+from trainer import preferences
 from trainer.encoding import ChatFormat
 from trainer.preferences import Preferences, Split, prepare, split_of, voter_weights
+from trainer.reward_model import Pair
 
 
 def record(number: int, *, choice: str = "a", voter: str = "key_1", talk: str = "") -> dict[str, Any]:
@@ -15,6 +17,7 @@ def record(number: int, *, choice: str = "a", voter: str = "key_1", talk: str = 
         "rejected": [{"role": "assistant", "content": "bad answer"}],
         "choice": choice, "voter": voter, "user": "key_1", "conversation": talk or f"talk {number}",
         "vote": f"vote_{number}", "kind": "same_policy",
+        "chosen_finish_reason": "stop", "rejected_finish_reason": "stop",
     }  # fmt: skip
 
 
@@ -65,7 +68,8 @@ def test_prompts_are_listed_once(chat: ChatFormat) -> None:
     assert sum(len(queries) for queries in prepared(chat, same).queries.values()) == 1
 
 
-def test_held_out_prompts_are_those_that_nobody_trained_on(chat: ChatFormat) -> None:
+def test_held_out_prompts_are_those_that_nobody_trained_on(chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preferences, "FEWEST_HELD_OUT", 1)
     records = [record(i % 60, talk=f"talk {i}") for i in range(150)]
     queries = prepared(chat, records).queries
     assert queries[Split.HELD_OUT]
@@ -75,6 +79,17 @@ def test_held_out_prompts_are_those_that_nobody_trained_on(chat: ChatFormat) -> 
     other = next(i for i in range(held_out + 1, 99) if split_of("key_1", f"talk {i}") is Split.HELD_OUT)
     queries = prepared(chat, [record(held_out), record(other)], trusted=[known]).queries
     assert queries[Split.HELD_OUT] == [chat.query(record(other)["prompt"])]
+
+
+@pytest.mark.parametrize(("others", "are_enough"), [(9, False), (10, True)])
+def test_where_hardly_anybody_asks_something_else_what_all_ask_is_held_out_too(
+    chat: ChatFormat, others: int, are_enough: bool
+) -> None:
+    held_out = [f"talk {i}" for i in range(300) if split_of("key_1", f"talk {i}") is Split.HELD_OUT]
+    trains = next(f"talk {i}" for i in range(99) if split_of("key_1", f"talk {i}") is Split.TRAIN)
+    records = [record(i, talk=talk) for i, talk in enumerate(held_out[: others + 1])] + [record(0, talk=trains)]
+    asked = prepared(chat, records).queries[Split.HELD_OUT]
+    assert len(asked) == (others if are_enough else others + 1)
 
 
 def test_where_everybody_asks_the_same_it_is_held_out_all_the_same(chat: ChatFormat) -> None:
@@ -125,7 +140,15 @@ def test_nobody_weighs_more_than_their_share(votes: dict[str, int], share: float
 
 def test_a_small_crowd_is_not_silenced_by_the_cap() -> None:
     assert voter_weights({"a": 150, "b": 3}, share=0.1, uncapped=200) == {"a": 1.0, "b": 1.0}
-    assert voter_weights({"a": 400}, share=0.1, uncapped=200) == {"a": 0.5}
+    assert voter_weights({"a": 400}, share=0.1, uncapped=200) == {"a": 1.0}, "there is nobody to be outvoted"
+
+
+@pytest.mark.parametrize("votes", [{"app": 5000, "one": 200}, {"app": 2000, "site": 2000, "one": 200}])
+def test_of_few_people_one_who_voted_little_does_not_get_as_much_as_the_others(votes: dict[str, int]) -> None:
+    weights = voter_weights(votes, share=0.1, uncapped=200)
+    totals = {voter: weights[voter] * count for voter, count in votes.items()}
+    assert totals["one"] <= 0.25 * sum(totals.values())
+    assert totals["app"] <= 0.75 * sum(totals.values())
 
 
 def test_no_votes_need_no_weights() -> None:
@@ -143,6 +166,16 @@ def test_votes_weigh_as_much_as_they_can_be_relied_on() -> None:
     assert voter_weights({"a": 5, "b": 5}, share=1.0, uncapped=0, reliability={"a": 0.0, "b": 1.0})["a"] == 0
     alone = voter_weights({"a": 5}, share=1.0, uncapped=0, reliability={"a": 0.0})
     assert alone == {"a": 1.0}, "there is nobody else to learn from"
+
+
+def test_an_answer_that_was_cut_off_is_not_learned_as_one_that_ended(chat: ChatFormat) -> None:
+    def pair(**change: str) -> Pair:
+        (known,) = (pair for pairs in prepared(chat, [record(1) | change]).pairs.values() for pair in pairs)
+        return known
+
+    whole, broken = pair(), pair(chosen_finish_reason="length")
+    assert (whole.chosen.finished, broken.chosen.finished, broken.rejected.finished) == (True, False, True)
+    assert whole.chosen.response == (*broken.chosen.response, chat.end_id)
 
 
 def test_the_side_that_was_shown_first_is_known(chat: ChatFormat) -> None:

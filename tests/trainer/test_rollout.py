@@ -33,10 +33,11 @@ def one_by_one(backbone: Backbone, query: tuple[int, ...], seed: int) -> list[in
     return tokens[len(query) :]
 
 
-def test_a_batch_samples_what_each_query_would_alone(tiny_backbone: MakeBackbone) -> None:
+@pytest.mark.parametrize("most", [{"rows": 7}, {"tokens": 100}])
+def test_a_batch_samples_what_each_query_would_alone(tiny_backbone: MakeBackbone, most: dict[str, int]) -> None:
     backbone = tiny_backbone("policy")
     queries, seeds = QUERIES * 4, range(20)
-    answers = LocalSampler(backbone, "policy", SAMPLING, rows=7)(queries, seeds)
+    answers = LocalSampler(backbone, "policy", SAMPLING, **most)(queries, seeds)
     for answer, query, seed in zip(answers, queries, seeds, strict=True):
         assert answer.query == query
         assert list(answer.response) == one_by_one(backbone, query, seed)

@@ -74,7 +74,7 @@ async function show() {
   find("sections").hidden = false;
   const minute = board.at.slice(0, 16); // what says "3 minutes ago" is drawn anew every minute
   paint("acts", [board.predecessor, activeRun()?.id], acts);
-  paint("alarms", [board.engines, board.runs[0], board.swaps, board.pending, board.clock_runs, board.schedules.length, minute], alarms);
+  paint("alarms", [board.engines, board.runs[0], board.swaps, board.pending, board.clock_runs, board.schedules.length], alarms);
   paint("verdict", [board.policies, board.votes, board.swaps, board.reward_models.length, activeRun()?.status, minute], verdict);
   paint("figures", [board.votes.choices, board.votes.days, board.votes.since_last_run, board.agreement, board.gold, board.first_share, board.reward_models.at(-1), serving()?.name, minute], tiles);
   showRun();
@@ -167,7 +167,7 @@ function alarms() {
     .filter((engine) => !engine.ready)
     .map((engine) => [`The engine at ${engine.url} gets no traffic: ${engine.problem}.`, "nightshift doctor says more."]);
   if (!board.engines.length) wrong.push(["No engine is named, so nobody is answered.", "Start `nightshift up`, or name one in engine.urls."]);
-  if (run?.status === "failed") wrong.push([["The last run failed ", when(run.ended_at), "."], run.error]);
+  if (run?.status === "failed") wrong.push([`The last run failed (${exactly(run.ended_at)}).`, run.error]); // no "ago": each change is read out
   const swap = board.swaps[0];
   const isLate = swap?.policy === board.pending;
   if (swap && !swap.flipped_at && swap.problem && (isLate || Date.now() - new Date(swap.requested_at) < DAY_MS)) {

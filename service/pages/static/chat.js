@@ -142,7 +142,9 @@ function say(text) {
   if (last?.pair?.choice === null) settle(last, "skip");
   changing = null;
   if (!talk.turns.length) talk.title = [...text].slice(0, 80).join(""); // no half of an emoji
-  talk.turns.push({ role: "user", content: text });
+  // Where the last one has no answer they become one: many models take no two messages of one side in a row.
+  if (last?.role === "user") last.content += `\n\n${text}`;
+  else talk.turns.push({ role: "user", content: text });
   ask();
 }
 

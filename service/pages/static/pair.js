@@ -2,11 +2,12 @@
 
 import { button, el } from "./dom.js";
 
-const KEYS = { ArrowLeft: "a", ArrowRight: "b", ArrowDown: "tie", ArrowUp: "both_bad", Escape: "skip" };
+const KEYS = { ArrowLeft: "a", ArrowRight: "b", ArrowDown: "tie", t: "tie", ArrowUp: "both_bad", b: "both_bad", Escape: "skip" };
+const SCROLLING = ["ArrowUp", "ArrowDown"];
 const BUTTONS = [
   { choice: "a", label: "First is better", key: "←", says: "left arrow" },
-  { choice: "tie", label: "Equally good", key: "↓", says: "down arrow" },
-  { choice: "both_bad", label: "Both bad", key: "↑", says: "up arrow" },
+  { choice: "tie", label: "Equally good", key: "↓ T", says: "down arrow, or T where the page scrolls" },
+  { choice: "both_bad", label: "Both bad", key: "↑ B", says: "up arrow, or B where the page scrolls" },
   { choice: "b", label: "Second is better", key: "→", says: "right arrow" },
 ];
 
@@ -76,7 +77,7 @@ export class Pair {
   }
 
   #onKey = (event) => {
-    const choice = KEYS[event.key];
+    const choice = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!choice || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
     if (document.querySelector("dialog[open]")) return;
     if (event.target.closest("textarea, input")) {
@@ -84,9 +85,16 @@ export class Pair {
       if (choice === "skip" && event.target === this.comment) this.vote.focus();
       return;
     }
+    // Whoever reads must not vote by that: wide code scrolls sideways, and up and down scroll what is not all in view.
+    if (event.target.closest("pre, .wide") || (SCROLLING.includes(event.key) && !this.#isInView())) return;
     event.preventDefault();
     this.#choose(choice);
   };
+
+  #isInView() {
+    const { top, bottom } = this.element.getBoundingClientRect();
+    return top >= 0 && bottom <= innerHeight;
+  }
 
   #choose(choice) {
     if (!this.#open) return;

@@ -102,19 +102,20 @@ class LocalSampler:
     """Batched generation on the backbone itself; finished answers leave the batch."""
 
     def __init__(
-        self, backbone: Backbone, adapter: str | None, sampling: Sampling, *, rows: int = 256, tokens: int = 2**16
+        self, backbone: Backbone, adapter: str | None, sampling: Sampling, *, rows: int = 256, tokens: int | None = None
     ) -> None:
         """
         Args:
             adapter: whose answers; None for the reference's.
             rows: how many answers are written at once, at most.
-            tokens: of all of them together, queries and padding included: what the cache has room for.
+            tokens: of all of them together, queries and padding included: what the cache has room for; by default
+                65,536 on a CPU and four times as many on a GPU.
         """
         self._backbone = backbone
         self._adapter = adapter
         self._sampling = sampling
         self._rows = rows
-        self._tokens = tokens
+        self._tokens = tokens or (2**16 if backbone.device.type == "cpu" else 2**18)
 
     def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(queries)

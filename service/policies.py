@@ -7,18 +7,16 @@ from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
+from sqlite_utils import Database
 
-from data import duels, registry, stats, swaps
+from data import duels, registry, swaps
 from data.database import connect
-from data.types import Key, Policy, Role, Swap
+from data.types import Duel, Key, Policy, Role, Swap
 from service.auth import needs
 from service.errors import ApiError
 from service.state import State, state_of
 
 router = APIRouter()
-
-CURVE_POINTS = 100
-"""Of a duel's evidence, of which each vote is one."""
 
 Operator = Annotated[Key, needs(Role.OPERATOR)]
 
@@ -47,10 +45,7 @@ async def get_policy(name: str, request: Request, operator: Operator) -> dict[st
         "sha256": policy.sha256,
         "metrics": policy.metrics,
         "gate": policy.gate,
-        "duels": [
-            asdict(duel) | {"curve": stats.thinned_curve(db, duel.id, points=CURVE_POINTS)}
-            for duel in duels.list_duels(db, policy=name)
-        ],
+        "duels": _with_curve(db, duels.list_duels(db, policy=name)),
         "swaps": [asdict(swap) for swap in swaps.list_swaps(db, policy=name)],
     }
 
@@ -95,11 +90,14 @@ async def roll_back(request: Request, operator: Operator, body: WayBack | None =
 async def list_duels(request: Request, operator: Operator) -> dict[str, Any]:
     """The duels, the latest first; the one that runs with its curve."""
     db = state_of(request).reader
-    data = []
-    for duel in duels.list_duels(db):
-        curve = {"curve": duels.curve(db, duel.id)} if duel.ended_at is None else {}
-        data.append(asdict(duel) | curve)
-    return {"object": "list", "data": data}
+    return {"object": "list", "data": _with_curve(db, duels.list_duels(db))}
+
+
+def _with_curve(db: Database, all_of_them: list[Duel]) -> list[dict[str, Any]]:
+    """Only the one that runs has its curve: of a long-serving policy's all they would be megabytes."""
+    return [
+        asdict(duel) | ({"curve": duels.curve(db, duel.id)} if duel.ended_at is None else {}) for duel in all_of_them
+    ]
 
 
 def _brief(policy: Policy) -> dict[str, Any]:

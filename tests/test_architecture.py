@@ -164,6 +164,7 @@ def test_the_routes_ask_for_the_roles_that_they_should(settings: Settings) -> No
     assert below_operator == {
         ("POST", "/v1/chat/completions"): Role.USER,
         ("GET", "/v1/models"): Role.USER,
+        ("GET", "/v1/models/{name}"): Role.USER,
         ("POST", "/v1/comparisons/{id}/vote"): Role.USER,
         ("GET", "/v1/comparisons/next"): Role.RATER,
         ("POST", "/v1/comparisons/{id}/pass"): Role.RATER,

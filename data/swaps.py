@@ -139,10 +139,15 @@ def _insert(db: Database, name: str, actor: str, reason: str) -> Swap:
 
 
 def note_problem(db: Database, name: str, problem: str) -> None:
-    """Say what keeps a policy from going further, and its swap, where it has one, from being made. Call inside a
-    transaction."""
-    registry.note_problem(db, name, problem)
-    _say_of_open(db, name, problem)
+    """Say what keeps a policy from going further, and its swap, where it has one, from being made; nothing where it
+    serves or was given up by now. Call inside a transaction."""
+    if _waits(db, name):
+        registry.note_problem(db, name, problem)
+        _say_of_open(db, name, problem)
+
+
+def _waits(db: Database, name: str) -> bool:
+    return registry.get(db, name).status in (PolicyStatus.PROMOTED, PolicyStatus.CANDIDATE)
 
 
 def _say_of_open(db: Database, name: str, problem: str) -> None:
@@ -152,7 +157,7 @@ def _say_of_open(db: Database, name: str, problem: str) -> None:
 
 def refuse(db: Database, name: str, problem: str) -> None:
     """Give a policy up that cannot be served, unless it serves or was given up by now. Call inside a transaction."""
-    if registry.get(db, name).status in (PolicyStatus.PROMOTED, PolicyStatus.CANDIDATE):
+    if _waits(db, name):
         note_problem(db, name, problem)
         registry.set_status(db, name, PolicyStatus.REJECTED, problem=problem)
 

@@ -6,7 +6,7 @@ import asyncio
 import logging
 import re
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -322,11 +322,11 @@ class Engines:
 
     # Beside running traffic: what a swap is made of
 
-    async def load(self, policy: Policy, engines: Iterable[Engine]) -> None:
+    async def load(self, policy: Policy, engines: Sequence[Engine]) -> None:
         """Load and warm a policy on all of these engines, or on none: where one fails it is taken from the others.
 
         Raises PolicyRefused, EngineProblem, RegistryError, OSError."""
-        await self._load_on_all(policy, await asyncio.to_thread(self._folder_of, policy), list(engines))
+        await self._load_on_all(policy, await asyncio.to_thread(self._folder_of, policy), engines)
 
     async def _load_on_all(self, policy: Policy, folder: Path, engines: Sequence[Engine]) -> None:
         new: list[Engine] = []

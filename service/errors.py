@@ -106,8 +106,11 @@ def _place(error: dict[str, Any], body: Any) -> list[str]:
         return [str(part) for part in error["loc"][1:]]
     place = []
     for part in error["loc"][1:]:
-        inside = part < len(body) if isinstance(body, list) and isinstance(part, int) else False
-        if inside or (isinstance(body, dict) and part in body):
+        if isinstance(body, dict):
+            leads_on = part in body
+        else:
+            leads_on = isinstance(body, list) and isinstance(part, int) and part < len(body)
+        if leads_on:
             body = body[part]
             place.append(str(part))
     return [*place, str(error["loc"][-1])] if error["type"] == "missing" else place

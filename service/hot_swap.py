@@ -231,13 +231,8 @@ class HotSwap:
         except (EngineProblem, *UNREADABLE) as error:
             problem = words(error)
             self._tell(f"{task.policy} cannot be loaded yet: {problem}")
-
-            def note(db: Database) -> None:
-                if registry.get(db, task.policy).status in (PolicyStatus.PROMOTED, PolicyStatus.CANDIDATE):
-                    swaps.note_problem(db, task.policy, problem)
-
             if problem != policy.problem:
-                await self._write(note)
+                await self._write(lambda db: swaps.note_problem(db, task.policy, problem))
 
     async def _swap(self, policy: Policy, swap: Swap) -> None:
         began = time.monotonic()

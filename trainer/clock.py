@@ -221,8 +221,9 @@ class Clock:
         if self._started is None or (status := self._started.process.poll()) is None:
             return
         run_id, pid = self._started.run_id, self._started.process.pid
-        how = _how_it_died(status, self._log)
-        if self._started.kill_at is not None:
+        if self._started.kill_at is None:
+            how = _how_it_died(status, self._log)
+        else:
             how = "It was cancelled, and its process was ended where it did not end by itself: nothing of it is in use."
         with transaction(self._db):
             died = runs.record_death(self._db, run_id, pid=pid, error=how)

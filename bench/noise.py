@@ -1,15 +1,17 @@
 """How much noise the votes may have: reward accuracy and win rate against the share of votes that are flipped.
 
 A crowd of 50 votes 1,000 times (`bench.personas`: their votes are drawn from sigma(difference) as it is, so that gold
-agrees with some 80 % of them). Three kinds of noise come on top:
+agrees with some 80 % of them). Five kinds of noise come on top:
 
     flipped     each decisive vote is turned round by a chance of 0 to 40 %, whoever cast it
     at random   so many people vote by throwing a coin, the others as ever
+    one side    so many people take the first answer, whatever it is
+    contrarian  so many people take what they like less
     one rater   one person, who likes the longer answer, casts so many of 4,000 votes
 
-and where it is some people's it is learned from with and without the run's defence: of the second the reliability of
-raters and their quarantine, of the third the cap on a rater's share. Each finished cell is a line of the results file
-and is skipped the next time.
+and where it is some people's it is learned from with and without a run's defences: the reliability of raters as
+weights, their quarantine, the cap on a rater's share. Each finished cell is a line of the results file and is skipped
+the next time.
 
     OMP_NUM_THREADS=1 python -m bench.noise --quick --json
     OMP_NUM_THREADS=1 python -m bench.noise --minutes 60
@@ -43,15 +45,32 @@ SHARES = (0.0, 0.1, 0.2, 0.3, 0.4)
 SEEDS = (1, 2, 3)
 BEST_OF = 4
 RELIABILITY = replace(NONE, quarantine=True, weights=True)
+QUARANTINE = replace(NONE, quarantine=True)
+WEIGHTS = replace(NONE, weights=True)
 WAYS: dict[tuple[str, str], Defences] = {
     ("flipped", "plain"): NONE,
     ("at random", "plain"): NONE,
     ("at random", "reliability"): RELIABILITY,
+    ("one side", "plain"): NONE,
+    ("one side", "quarantine"): QUARANTINE,
+    ("one side", "weights"): WEIGHTS,
+    ("contrarian", "plain"): NONE,
+    ("contrarian", "quarantine"): QUARANTINE,
+    ("contrarian", "weights"): WEIGHTS,
     ("one rater", "plain"): NONE,
     ("one rater", "cap"): replace(NONE, cap=True),
+    ("one rater", "weights"): WEIGHTS,
 }
-SAME = {("at random", "plain"): ("flipped", "plain"), ("one rater", "cap"): ("one rater", "plain")}
+SAME = {
+    ("at random", "plain"): ("flipped", "plain"),
+    ("one side", "plain"): ("flipped", "plain"),
+    ("contrarian", "plain"): ("flipped", "plain"),
+    ("contrarian", "quarantine"): ("one side", "quarantine"),
+    ("contrarian", "weights"): ("one side", "weights"),
+    ("one rater", "cap"): ("one rater", "plain"),
+}
 """Which are one where nobody is noisy, so that is done once."""
+VILLAINS = {"at random": Kind.RANDOM, "one side": Kind.ALWAYS_LEFT, "contrarian": Kind.CONTRARIAN}
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,8 +101,8 @@ def flip(votes: Sequence[Vote], share: float, *, seed: int) -> list[Vote]:
 
 def crowd(cell: Cell) -> list[Persona]:
     """Who votes, in turns: who is named more than once votes more often."""
-    if cell.noise == "at random":
-        return personas(PEOPLE, seed=cell.seed, villains={Kind.RANDOM: round(cell.share * PEOPLE)})
+    if cell.noise in VILLAINS:
+        return personas(PEOPLE, seed=cell.seed, villains={VILLAINS[cell.noise]: round(cell.share * PEOPLE)})
     people = personas(PEOPLE, seed=cell.seed)
     if cell.noise == "one rater":
         keen = Persona(name="keen", seed=cell.seed, kind=Kind.LENGTH_LOVER)
@@ -180,12 +199,19 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         "win rate of a policy that learned from the same votes": ("flipped", "plain", "win_rate"),
         "this share of people vote at random: pairs in gold's order": ("at random", "plain", "accuracy"),
         "the same, raters weighed by reliability or left out": ("at random", "reliability", "accuracy"),
+        "this share of people always take the first answer: pairs in gold's order": ("one side", "plain", "accuracy"),
+        "the same, who takes one side left out": ("one side", "quarantine", "accuracy"),
+        "the same, raters weighed by reliability and nobody left out": ("one side", "weights", "accuracy"),
+        "this share of people take what they like less: pairs in gold's order": ("contrarian", "plain", "accuracy"),
+        "the same, who votes against the others left out": ("contrarian", "quarantine", "accuracy"),
+        "the same, all weighed by reliability": ("contrarian", "weights", "accuracy"),
         f"one person, who likes it long, casts this share of {VOTES * OF_ONE_RATER:,} votes: pairs in gold's order": (
             "one rater",
             "plain",
             "accuracy",
         ),
         "the same, no rater's votes with more weight than a tenth of all": ("one rater", "cap", "accuracy"),
+        "the same, no cap, all weighed by reliability": ("one rater", "weights", "accuracy"),
     }
     return record.markdown(
         ["share of noise", *(f"{share:.0%}" for share in SHARES)],

@@ -264,10 +264,10 @@ def test_who_is_named_more_often_votes_more_often() -> None:
 
 def test_what_is_the_same_without_noise_is_done_once() -> None:
     wanted = noise.cells((0.0, 0.2), (1,))
-    assert len(wanted) == len(set(wanted)) == 8, "5 of 1,000 votes, 3 with one rater among 4,000"
+    assert len(wanted) == len(set(wanted)) == 18, "6 without noise, 12 with some"
     rows = [{"noise": "flipped", "share": 0.0, "defence": "plain", "seed": 1, "accuracy": 0.8}]
     figures = noise.summary(rows)
-    assert figures["accuracy_flipped_plain_0"] == figures["accuracy_at_random_plain_0"] == 0.8
+    assert figures["accuracy_flipped_plain_0"] == figures["accuracy_contrarian_plain_0"] == 0.8
     assert figures["accuracy_flipped_plain_20"] is None
     assert figures["accuracy_one_rater_cap_0"] is None, "these are other votes"
 

@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from itertools import product
 from pathlib import Path
 from statistics import fmean
 from tempfile import mkdtemp
@@ -226,25 +227,52 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
             figures[f"gain_{n}_{way.replace(' ', '_')}"] = fmean(gains) if gains else None
     figures |= {name: fmean(gains) if gains else None for name, gains in cycles(rows).items()}
     lost = [
-        fmean(row["facts"] - row["facts_base"] for row in rows if (row["way"], row["votes"]) == cell)
+        fmean(row["facts"] for row in rows if (row["way"], row["votes"]) == cell) - of_the_base(rows, "facts")
         for cell in {(row["way"], row["votes"]) for row in rows}
     ]
     figures["facts_change_worst"] = min(lost) if lost else None
-    figures["votes_ratio_active"] = votes_ratio(rows, "active nights")
-    figures["votes_ratio_random"] = votes_ratio(rows, "random nights")
+    for way in WAYS[1:]:
+        name = f"votes_ratio_{way.removesuffix(' nights')}"
+        figures[name] = votes_ratio(rows, way)
+        figures[f"{name}_low"], figures[f"{name}_high"] = votes_ratio_range(rows, way)
     figures["fit"] = {way: fit(of_several(points(rows, way))) for way in WAYS}
     return figures
+
+
+def of_the_base(rows: Iterable[dict[str, Any]], kind: str) -> float:
+    """How the base does at probes of this kind: over all its draws, many of which are the same in several rows, since
+    one draw alone has luck that all of these rows would be held against."""
+    return fmean({row[f"{kind}_base"] for row in rows})
 
 
 def votes_ratio(rows: Sequence[dict[str, Any]], way: str) -> float | None:
     """How many votes nights of this way need for the win rate that one night on random pairs has with RATIO_OF votes,
     as a share of these: over the seeds that have both, and None for fewer than two. Where the curve is flat it says
-    little: see how far apart the seeds are."""
-    goals, nights = points(rows, "once").get(RATIO_OF, {}), points(rows, way)
-    seeds = goals.keys() & set.intersection(*(set(nights.get(n, ())) for n in VOTES if n <= RATIO_OF // 2))
+    little: see `votes_ratio_range`."""
+    seeds = _of_both(rows, way)
+    return _ratio(rows, way, seeds) if len(seeds) > 1 else None
+
+
+def votes_ratio_range(rows: Sequence[dict[str, Any]], way: str) -> tuple[float | None, float | None]:
+    """Its bootstrap interval of 95 %: the seeds drawn again from themselves in every way there is. None: no such rate
+    is reached."""
+    seeds = _of_both(rows, way)
     if len(seeds) < 2:
-        return None
-    means = {n: fmean(found[seed] for seed in seeds) for n, found in nights.items() if seeds <= found.keys()}
+        return None, None
+    drawn = (_ratio(rows, way, again) for again in product(seeds, repeat=len(seeds)))
+    ratios = sorted(math.inf if ratio is None else ratio for ratio in drawn)
+    low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.025, 0.975))
+    return low, high if high < math.inf else None
+
+
+def _of_both(rows: Sequence[dict[str, Any]], way: str) -> list[int]:
+    goals, nights = points(rows, "once").get(RATIO_OF, {}), points(rows, way)
+    return sorted(goals.keys() & set.intersection(*(set(nights.get(n, ())) for n in VOTES if n <= RATIO_OF // 2)))
+
+
+def _ratio(rows: Sequence[dict[str, Any]], way: str, seeds: Sequence[int]) -> float | None:
+    goals, nights = points(rows, "once")[RATIO_OF], points(rows, way)
+    means = {n: fmean(found[seed] for seed in seeds) for n, found in nights.items() if found.keys() >= set(seeds)}
     needed = votes_to_reach(means, fmean(goals[seed] for seed in seeds))
     return needed and needed / RATIO_OF
 
@@ -286,14 +314,14 @@ def table(rows: list[dict[str, Any]]) -> Table:
             here = [row for row in rows if row["way"] == way and row["votes"] == n]
             if not here:
                 continue
-            lost = {kind: fmean(row[kind] - row[f"{kind}_base"] for row in here) for kind in ("facts", "sycophancy")}
+            lost = [fmean(row[kind] for row in here) - of_the_base(rows, kind) for kind in ("facts", "sycophancy")]
             shown.add_row(
                 f"{n:,}", way, str(len(here)),
                 said(row["win_rate"] for row in here),
                 said(paired(rows, (way, n), ("once", n)), "+.3f") if way != "once" else "",
                 *(f"{fmean(row[name] for row in here):.3f}" for name in ("best_of_4", "reward_accuracy")),
                 f"{fmean(row['kl'] for row in here):.1f}",
-                *(f"{100 * change:+.1f}" for change in lost.values()),
+                *(f"{100 * change:+.1f}" for change in lost),
                 f"{fmean(row['undecided'] for row in here):.2f}",
             )  # fmt: skip
     return shown
@@ -302,12 +330,13 @@ def table(rows: list[dict[str, Any]]) -> Table:
 def markdown(rows: list[dict[str, Any]]) -> str:
     """The README's table."""
 
-    def line(name: str, way: str, figure: str, less: str | None = None) -> list[str]:
-        by_votes = [[row for row in rows if (row["way"], row["votes"]) == (way, n)] for n in VOTES]
-        if less:
-            differences = ((100 * (row[figure] - row[less]) for row in here) for here in by_votes)
-            return [name, *(said(found, "+.1f", of=len(SEEDS)) for found in differences)]
-        return [name, *(said((row[figure] for row in here), of=len(SEEDS)) for here in by_votes)]
+    by_votes = {way: [[row for row in rows if (row["way"], row["votes"]) == (way, n)] for n in VOTES] for way in WAYS}
+
+    def line(name: str, way: str, figure: str) -> list[str]:
+        return [name, *(said((row[figure] for row in here), of=len(SEEDS)) for here in by_votes[way])]
+
+    def gained(name: str, way: str, points: Callable[[dict[str, Any]], float]) -> list[str]:
+        return [name, *(said((100 * points(row) for row in here), "+.1f", of=len(SEEDS)) for here in by_votes[way])]
 
     def beside(name: str, way: str, other: str) -> list[str]:
         """Of the seeds that have both."""
@@ -315,10 +344,15 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         return [name, *(said(found, "+.1f", of=len(SEEDS)) for found in gains)]
 
     _, random_nights, active_nights = WAYS
+    facts_base = of_the_base(rows, "facts") if rows else 0.0
     table = [
         *(line(f"win rate, {words}", way, "win_rate") for way, words in WORDS.items()),
         *(
-            line(f"points over its own first night (250 votes), {WORDS[way]}", way, "win_rate", "first_night")
+            gained(
+                f"points over its own first night (250 votes), {WORDS[way]}",
+                way,
+                lambda row: row["win_rate"] - row["first_night"],
+            )
             for way in WAYS[1:]
         ),
         *(beside(f"points over one night on as many votes, {WORDS[way]}", way, "once") for way in WAYS[1:]),
@@ -326,7 +360,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         line(f"best of {BEST_OF} answers by the same reward model, no PPO", "once", "best_of_4"),
         line("pairs that the reward model puts in gold's order, one night", "once", "reward_accuracy"),
         *(
-            line(f"facts right, points more than the base's, {words}", way, "facts", "facts_base")
+            gained(f"facts right, points more than the base's, {words}", way, lambda row: row["facts"] - facts_base)
             for way, words in WORDS.items()
         ),
     ]
@@ -396,7 +430,9 @@ def draw(rows: list[dict[str, Any]]) -> None:
     PICTURE.write_text(picture(rows))
 
 
-SHEET = Sheet(bench="learning_curve", seeds=SEEDS, table=table, markdown=markdown, summary=summary, draw=draw)
+SHEET = Sheet(
+    bench="learning_curve", seeds=SEEDS, table=table, markdown=markdown, summary=summary, draw=draw, width=136
+)
 
 
 def main() -> None:

@@ -234,8 +234,9 @@ def is_stopped(row: dict[str, Any]) -> bool:
 
 
 def summary(rows: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """The figures of `--json`. Rises are means in points, of the worse number of accounts; `stopped` counts cells;
-    `passed` is the share of the `policies` that the gate let through. What no cell says yet is left out."""
+    """The figures of `--json`. Rises are means in points, of the worse number of accounts; `stopped` counts cells of
+    those `tried`, and `not_tried` are those in which accounts were missed and no policy was made; `passed` is the share
+    of the `policies` that the gate let through. What no cell says yet is left out."""
     figures: dict[str, Any] = {"cells": len(rows)}
     for plot, share, defence in product(PLOTS, SHARES, DEFENCES):
         of_all = [row for row in rows if (row["plot"], row["share"], row["defence"]) == (plot, share, defence)]
@@ -260,10 +261,18 @@ def _figures(here: Sequence[dict[str, Any]]) -> dict[str, float]:
     passed = [row["passed"] for row in here if "passed" in row]
     if passed:
         found |= {"passed": fmean(passed), "policies": len(passed)}
-    judged = [is_stopped(row) for row in here if is_judged(row) and row["share"]]
+    attacks = [row for row in here if row["share"]]
+    judged = [is_stopped(row) for row in attacks if is_judged(row)]
     if judged:
-        found |= {"stopped": sum(judged), "tried": len(judged)}
+        found |= {"stopped": sum(judged), "tried": len(judged), "not_tried": len(attacks) - len(judged)}
     return found
+
+
+def stopped(rows: Sequence[dict[str, Any]]) -> str:
+    """A cell that was not tried is one in which accounts were missed: without those, the rest says nothing."""
+    judged = [is_stopped(row) for row in rows if is_judged(row)]
+    missing = f"{len(rows) - len(judged)} not tried" if len(judged) < len(rows) else ""
+    return ", ".join(filter(None, [f"{sum(judged)} of {len(judged)}" if judged else "", missing]))
 
 
 def table(rows: Sequence[dict[str, Any]]) -> Table:
@@ -276,13 +285,12 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
     for cell in cells(tuple(PLOTS), SHARES, tuple(DEFENCES), (0,)):
         here = [row for row in rows if replace(cell, seed=row["seed"]) == of(row)]
         made = [row for row in here if "rise" in row]
-        judged = [row for row in here if is_judged(row)] if cell.share else []
         if here:
             shown.add_row(
                 cell.plot, f"{cell.share:.1%}", str(cell.accounts) if cell.share else "", cell.defence, str(len(here)),
                 _points(here, "rise_best_of_16"), _points(made, "rise"),
                 f"{sum(row['passed'] for row in made)} of {len(made)}" if made else "",
-                f"{sum(map(is_stopped, judged))} of {len(judged)}" if judged else "",
+                stopped(here) if cell.share else "",
                 f"{fmean(row['win_rate'] for row in made):.3f}" if made else "",
                 f"{sum(row['caught'] for row in here)} of {sum(row['hostile'] for row in here)}",
                 str(sum(row["wronged"] for row in here)),
@@ -304,7 +312,6 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
         if not defended:
             continue
         caught, hostile, wronged = (sum(row[k] for row in defended) for k in ("caught", "hostile", "wronged"))
-        judged = [is_stopped(row) for row in defended if is_judged(row) and share]
         lines.append(
             [
                 f"{plot}, {share:.1%}", str(defended[0]["hostile"]),
@@ -312,7 +319,7 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
                 f"{caught} of {hostile}" if hostile else "", str(wronged),
                 _points([row for row in ways["none"] if "rise" in row], "rise", of=len(SEEDS)),
                 _points([row for row in defended if "rise" in row], "rise", of=len(SEEDS)),
-                f"{sum(judged)} of {len(judged)}" if judged else "not tried" if share else "",
+                stopped(defended) if share else "",
             ]
         )  # fmt: skip
     head = ["hostile votes", "accounts", "rise, nothing done", "quarantine alone", "weights alone", "all defences",
@@ -337,7 +344,7 @@ SHEET = Sheet(
     table=lambda rows: table(latest(rows)),
     markdown=lambda rows: markdown(latest(rows)),
     summary=lambda rows: summary(latest(rows)),
-    width=152,
+    width=164,
 )
 
 

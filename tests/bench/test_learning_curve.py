@@ -82,9 +82,28 @@ def test_the_ratio_says_where_active_pairs_reach_the_random_curve() -> None:
     assert summary(rows)["votes_ratio_active"] == pytest.approx(math.sqrt(2) / 4)
     rows += [row("once", 4000, 3, 0.9), row("active nights", 500, 3, 0.9), row("active nights", 4000, 3, 0.9)]
     assert summary(rows)["votes_ratio_active"] == pytest.approx(math.sqrt(2) / 4), "half a chain is none"
+    assert summary(rows)["votes_ratio_active_high"] == pytest.approx(math.sqrt(2) / 4), "both seeds say the same"
     assert summary(rows)["win_rate_1000_active_nights"] == 0.75
     assert summary(rows)["win_rate_1000"] == 0.7
     assert summary(rows)["win_rate_16000"] is None
+
+
+def test_how_sure_the_ratio_is_is_said_by_seeds_drawn_again() -> None:
+    rows = [row("once", 4000, seed, 0.8) for seed in (1, 2)]
+    rows += [row("active nights", n, 1, 0.8) for n in (500, 1000, 2000, 4000)]
+    rows += [row("active nights", n, 2, rate) for n, rate in ((500, 0.6), (1000, 0.7), (2000, 0.75), (4000, 0.8))]
+    figures = summary(rows)
+    assert (figures["votes_ratio_active_low"], figures["votes_ratio_active_high"]) == (pytest.approx(500 / 4000), 1)
+    rows[-1] = row("active nights", 4000, 2, 0.79)
+    assert summary(rows)["votes_ratio_active_high"] is None, "drawn twice, the second seed never gets there"
+
+
+def test_facts_are_held_against_all_draws_of_the_base() -> None:
+    lucky = row("once", 500, 1, 0.8) | {"facts": 0.93, "facts_base": 0.96}
+    same = [lucky | {"seed": seed} for seed in (2, 3)]
+    assert summary([lucky, *same])["facts_change_worst"] == pytest.approx(-0.03)
+    other = row("once", 250, 1, 0.8) | {"facts": 0.95, "facts_base": 0.92}
+    assert summary([lucky, *same, other])["facts_change_worst"] == pytest.approx(0.93 - 0.94)
 
 
 def test_ways_are_compared_seed_by_seed() -> None:

@@ -223,6 +223,8 @@ def test_an_attack_that_taught_nothing_is_stopped() -> None:
     caught = row(caught=20)
     figures = poison.summary([caught, row(seed=2)])
     assert (figures["stopped_5"], figures["tried_5"]) == (1, 1), "of the second nothing is known without a policy"
+    assert (figures["not_tried_5"], poison.stopped([caught, row(seed=2)])) == (1, "1 of 1, 1 not tried")
+    assert poison.stopped([row(), row(seed=2)]) == "2 not tried"
     assert poison.is_judged(caught)
     assert not poison.is_judged(row())
 

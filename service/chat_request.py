@@ -1,5 +1,7 @@
 """What a chat request may hold: OpenAI's schema as far as vLLM serves it, and `feedback`."""
 
+import re
+from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
@@ -50,36 +52,72 @@ class _StreamOptions(BaseModel):
     include_usage: bool = False
 
 
-def _is_not_too_much(schema: dict[str, Any]) -> dict[str, Any]:
-    names, left = 0, [schema]
+MOST_TOOLS = 128
+MOST_NAMES = 400
+"""Properties and enum values. What vLLM makes of a schema takes the cube of them: .2 s for so many, half a minute for
+three times as many, while every other request with a schema waits and nothing stops it. With a tool that must be called
+it makes one schema of all tools."""
+MOST_PARTS = 2000
+MOST_DEEP = 40
+"""Of objects and lists in one another: the cube again, 10 s for 380."""
+MOST_REPEATED = 1000
+"""What a pattern's {m,n} ask for, and groups in groups multiply: the square, 5 s for 5,000, and in vLLM's event loop,
+so that every answer stands still."""
+_REPEATED = re.compile(r"(\))?\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
+
+
+def _are_not_too_much(schemas: Iterable[dict[str, Any]]) -> None:
+    names = parts = repeated = 0
+    left: list[tuple[Any, int]] = [(schema, 1) for schema in schemas]
     while left:
-        part = left.pop()
+        part, depth = left.pop()
+        if depth > MOST_DEEP:
+            raise ValueError(f"a schema is at most {MOST_DEEP} objects and lists deep here, and this one is deeper")
         if isinstance(part, dict):
+            parts += 1
             names += len(part["properties"]) if isinstance(part.get("properties"), dict) else 0
             names += len(part["enum"]) if isinstance(part.get("enum"), list) else 0
-        left += part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
-    if names > MOST_NAMES:
-        raise ValueError(f"a schema has at most {MOST_NAMES} properties and enum values here, and this one has {names}")
+            patterns = part.get("patternProperties")
+            repeated += sum(map(_repeats, (part.get("pattern"), *(patterns if isinstance(patterns, dict) else ()))))
+        inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
+        left += [(one, depth + 1) for one in inner]
+    for count, most, what in (
+        (names, MOST_NAMES, "properties and enum values"),
+        (parts, MOST_PARTS, "parts"),
+        (repeated, MOST_REPEATED, "repetitions {m,n} in patterns, a group's times what is in it"),
+    ):
+        if count > most:
+            raise ValueError(f"a request's schemas have at most {most} {what} here, and these have {count}")
+
+
+def _repeats(pattern: Any) -> int:
+    """No fewer than a pattern's counted repetitions come to, written out."""
+    single, groups = 0, 1
+    for group, least, most in _REPEATED.findall(pattern) if isinstance(pattern, str) else ():
+        count = int(most or least)
+        if group:
+            groups *= max(count, 1)
+        else:
+            single += count
+    return max(single, int(groups > 1)) * groups
+
+
+def _is_not_too_much(schema: dict[str, Any]) -> dict[str, Any]:
+    _are_not_too_much([schema])
     return schema
-
-
-MOST_NAMES = 400
-"""What vLLM makes of a schema takes the cube of them: .2 s for so many, half a minute for three times as many, while
-every other request with a schema waits and nothing stops it."""
-_Schema = Annotated[dict[str, Any], AfterValidator(_is_not_too_much)]
 
 
 class _ResponseFormat(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: _Schema | None = None
+    json_schema: Annotated[dict[str, Any], AfterValidator(_is_not_too_much)] | None = None
 
 
 class _Function(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
-    parameters: _Schema | None = None
+    parameters: dict[str, Any] | None = None
     strict: bool | None = None
 
 
@@ -87,6 +125,11 @@ class _Tool(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["function"]
     function: _Function
+
+
+def _tools_are_not_too_much(tools: list[_Tool]) -> list[_Tool]:
+    _are_not_too_much(tool.function.parameters or {} for tool in tools)
+    return tools
 
 
 class _FunctionName(BaseModel):
@@ -113,7 +156,7 @@ class ChatRequest(BaseModel):
     stream_options: _StreamOptions | None = None
     feedback: Feedback | None = None
     user: Annotated[str, Field(max_length=200)] | None = None
-    metadata: dict[str, str] | None = None
+    metadata: Annotated[dict[str, str], Field(max_length=16)] | None = None
 
     n: Annotated[int, Field(ge=1)] | None = None
     max_tokens: Annotated[int, Field(ge=1)] | None = None
@@ -131,7 +174,10 @@ class ChatRequest(BaseModel):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: _ResponseFormat | None = None
-    tools: list[_Tool] | None = None
+    tools: (
+        Annotated[list[_Tool], Field(fail_fast=True, max_length=MOST_TOOLS), AfterValidator(_tools_are_not_too_much)]
+        | None
+    ) = None
     tool_choice: Literal["none", "auto", "required"] | _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None

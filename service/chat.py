@@ -299,9 +299,18 @@ async def _stream_pair(call: Call, send: sse.SendBytes) -> None:
     pair = _begin_pair(call)
     model = call.state.settings.chat.model_name
     rewriters = [sse.Rewriter(id=pair[0].id, model=model, fingerprint=None, index=index) for index in (0, 1)]
+    begun = False
+
+    async def show(index: int, chunk: bytes, *, last: bool = False) -> None:
+        nonlocal begun
+        if not begun and index == 1:
+            chunk = _opening(call, pair[0].id, rewriters[1].created, 0) + chunk
+        begun = True
+        await send(chunk, last=last)
+
     readers = [
-        asyncio.create_task(generation.forward(call, answer, rewrite, send))
-        for answer, rewrite in zip(pair, rewriters, strict=True)
+        asyncio.create_task(generation.forward(call, answer, rewriters[index], partial(show, index)))
+        for index, answer in enumerate(pair)
     ]
     async with _reading(call, readers, pair):
         # The first answer is the one that stays if the other fails, so its failure is the request's.
@@ -329,10 +338,8 @@ async def _stream_active(call: Call, send: sse.SendBytes) -> None:
         nonlocal begun
         if not begun:  # that there will be two, for whoever lays them out
             begun = True
-            empty = {"index": other, "delta": {"content": ""}, "logprobs": None, "finish_reason": None}
-            opening = _last_chunk(call, pair[0].id, rewriters[0].created, None, []) | {"choices": [empty]}
-            opening.pop("usage", None)
-            chunk += sse.event(opening)
+            opening = _opening(call, pair[0].id, rewriters[0].created, other)
+            chunk = opening + chunk if other == 0 else chunk + opening
         await send(chunk, last=last)
 
     outlets: list[sse.SendBytes] = [show, *held]
@@ -354,6 +361,14 @@ async def _stream_active(call: Call, send: sse.SendBytes) -> None:
         pair[other].first_token_ms = generation.elapsed_ms(call)
         await send(second)
     await _end_pair(call, pair, kind, rewriters[0].created, send)
+
+
+def _opening(call: Call, id: str, created: int, index: int) -> bytes:
+    """That there is an answer at this index. OpenAI's client fails where the first chunk of all is not of index 0."""
+    empty = {"index": index, "delta": {"content": ""}, "logprobs": None, "finish_reason": None}
+    opening = _last_chunk(call, id, created, None, []) | {"choices": [empty]}
+    opening.pop("usage", None)
+    return sse.event(opening)
 
 
 async def _end_pair(call: Call, pair: list[Answer], kind: ComparisonKind, created: int, send: sse.SendBytes) -> None:

@@ -8,6 +8,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import aiohttp
+import openai
 import pytest
 
 from data.types import Feedback, Role
@@ -242,6 +243,36 @@ async def test_without_streaming_whichever_answer_is_whole_is_given(house: House
     assert answer.text == "Two"
     assert answer.json["choices"][0]["index"] == 0
     assert comparison_of(answer) is None
+
+
+async def test_openai_s_stream_helper_takes_a_pair_whose_second_answer_begins_first(
+    house: House, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine.answer = lambda body: say("Late.") if body["seed"] == FIRST else say("Soon", " enough", hold_after=1)
+    chat, begun = house.state.engines.chat, asyncio.Event()
+
+    @asynccontextmanager
+    async def late(policy: str, request: bytes) -> AsyncIterator[aiohttp.ClientResponse]:
+        if json.loads(request)["seed"] == FIRST:
+            await begun.wait()
+        async with chat(policy, request) as response:
+            yield response
+
+    monkeypatch.setattr(house.state.engines, "chat", late)
+    async with openai.AsyncOpenAI(base_url=f"{house.url}/v1", api_key=house.tokens[Role.USER], max_retries=0) as client:
+        async with client.chat.completions.stream(
+            model="nightshift",
+            messages=[{"role": "user", "content": "Hello"}],
+            seed=7,
+            extra_body={"feedback": "always"},
+        ) as stream:
+            async for event in stream:
+                if event.type == "content.delta" and event.delta == "Soon":
+                    begun.set()
+                    engine.go_on.set()
+            whole = await stream.get_final_completion()
+    assert [choice.message.content for choice in whole.choices] == ["Late.", "Soon enough"]
+    assert [choice.message.role for choice in whole.choices] == ["assistant", "assistant"]
 
 
 async def test_a_stream_whose_first_answer_fails_is_an_error_and_stops_the_second(

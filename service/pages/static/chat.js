@@ -220,6 +220,12 @@ async function writeAnswer(signal) {
   }
 }
 
+// Who goes on writing after two answers has the vote in focus, and means the message.
+document.addEventListener("keydown", (event) => {
+  const writes = event.key.length === 1 && event.key !== " " && !event.ctrlKey && !event.metaKey && !event.altKey;
+  if (writes && openPair?.vote === event.target) message.focus();
+});
+
 function endAsking(noteScroll) {
   removeEventListener("scroll", noteScroll);
   asking = null;

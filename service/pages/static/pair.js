@@ -2,12 +2,13 @@
 
 import { button, el } from "./dom.js";
 
-const KEYS = { ArrowLeft: "a", ArrowRight: "b", ArrowDown: "tie", t: "tie", ArrowUp: "both_bad", b: "both_bad", Escape: "skip" };
+const KEYS = { ArrowLeft: "a", ArrowRight: "b", ArrowDown: "tie", ArrowUp: "both_bad", Escape: "skip" };
+const LETTERS = { t: "tie", b: "both_bad" };
 const SCROLLING = ["ArrowUp", "ArrowDown"];
 const BUTTONS = [
   { choice: "a", label: "First is better", key: "←", says: "left arrow" },
-  { choice: "tie", label: "Equally good", key: "↓ T", says: "down arrow, or T where the page scrolls" },
-  { choice: "both_bad", label: "Both bad", key: "↑ B", says: "up arrow, or B where the page scrolls" },
+  { choice: "tie", label: "Equally good", key: "↓", says: "down arrow" },
+  { choice: "both_bad", label: "Both bad", key: "↑", says: "up arrow" },
   { choice: "b", label: "Second is better", key: "→", says: "right arrow" },
 ];
 
@@ -20,17 +21,21 @@ export const SAID = {
   skip: "You skipped this one",
 };
 
-/** `bodies`: the two elements that show the answers. `onChoose(choice, comment)` is called once, after `open()`. */
+/** `bodies`: the two elements that show the answers. `onChoose(choice, comment)` is called once, after `open()`.
+ * `letters`: T and B vote too; not where people write, since who goes on writing would vote. */
 export class Pair {
   #open = false;
 
-  constructor(bodies, onChoose, { waiting = "Voting opens when both answers have ended.", purpose }) {
+  constructor(bodies, onChoose, { waiting = "Voting opens when both answers have ended.", purpose, letters = false }) {
     this.onChoose = onChoose;
+    this.keys = letters ? { ...KEYS, ...LETTERS } : KEYS;
+    const letterOf = (choice) => (letters && Object.keys(LETTERS).find((key) => LETTERS[key] === choice)?.toUpperCase()) || "";
+    const scrolling = (key) => (key === "↓" || key === "↑" ? " where the page does not scroll" : "");
     this.comment = el("input", { type: "text", maxlength: "2000", autocomplete: "off", placeholder: "Why? (if you like)" });
     this.buttons = BUTTONS.map(({ choice, label, key, says }) =>
-      button([el("span", {}, label), el("kbd", { "aria-hidden": "true" }, key)], () => this.#choose(choice), {
+      button([el("span", {}, label), el("kbd", { "aria-hidden": "true" }, `${key} ${letterOf(choice)}`.trim())], () => this.#choose(choice), {
         class: `choice ${choice}`,
-        "aria-description": `Key: ${says}`,
+        "aria-description": `Key: ${says}${scrolling(key)}${letterOf(choice) && `, or ${letterOf(choice)}`}`,
         disabled: true,
       }),
     );
@@ -77,7 +82,7 @@ export class Pair {
   }
 
   #onKey = (event) => {
-    const choice = KEYS[event.key.length === 1 ? event.key.toLowerCase() : event.key];
+    const choice = this.keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!choice || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
     if (document.querySelector("dialog[open]")) return;
     if (event.target.closest("textarea, input")) {

@@ -58,7 +58,7 @@ function showTask(task, before = null) {
   const purpose = before ? `${SAID[before.choice]}. Choose again, or keep it with Skip. ${PURPOSE}` : PURPOSE;
   current?.close();
   waits = false;
-  current = new Pair([prose(task.answers.a), prose(task.answers.b)], (choice, comment) => choose(task, choice, comment, before), { purpose });
+  current = new Pair([prose(task.answers.a), prose(task.answers.b)], (choice, comment) => choose(task, choice, comment, before), { purpose, letters: true });
   desk.replaceChildren(el("section", { class: "log", "aria-label": "The conversation" }, talk), current.element);
   current.open();
   showAll(bodies);

@@ -81,6 +81,9 @@ class Schedule:
         return None
 
 
+LONGEST_CRON = 1000
+
+
 @dataclass(frozen=True, slots=True)
 class Cron:
     """The five fields of a cron expression, spelled out. Weekdays count from Sunday = 0."""
@@ -96,6 +99,10 @@ class Cron:
     @classmethod
     def parse(cls, expression: str) -> "Cron":
         """Raises BadSchedule."""
+        if len(expression) > LONGEST_CRON:
+            raise BadSchedule(
+                f"A cron expression has at most {LONGEST_CRON} characters, and this one {len(expression)}."
+            )
         fields = expression.lower().split()
         if len(fields) != 5:
             raise BadSchedule(

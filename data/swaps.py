@@ -99,7 +99,7 @@ def break_off(db: Database, *, reason: str) -> None:
 
 _PENDING = (
     " FROM policies LEFT JOIN (SELECT policy, max(rowid) AS requested FROM swaps WHERE flipped_at IS NULL"
-    " GROUP BY policy) ON policy = name WHERE status = 'promoted'"
+    " AND actor NOT IN ('trainer', 'start') GROUP BY policy) ON policy = name WHERE status = 'promoted'"
 )
 
 

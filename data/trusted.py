@@ -62,7 +62,7 @@ def _read(line: str, number: int) -> tuple[list[dict[str, Any]], str, str]:
     try:
         record = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()  # half surrogates can be read, and not kept
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise BadPair(f"Line {number} is not JSON ({error}).") from None
     if not isinstance(record, dict) or not {"prompt", "chosen", "rejected"} <= record.keys():
         raise BadPair(f"Line {number} is not an object with prompt, chosen and rejected.")

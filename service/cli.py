@@ -1,9 +1,11 @@
 """The `nightshift` command: every verb a thin call. Heavy imports live inside the verbs, so that --help is quick."""
 
 import json as jsonlib
+import os
 import sys
 import time
 from contextlib import suppress
+from errno import EISDIR
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -256,6 +258,10 @@ def keys_create(
         as_role, as_feedback = Role(role), Feedback(feedback)
     except ValueError as error:
         raise fail(f"{error}: --role is user, rater or operator; --feedback is off, auto or always.") from None
+    try:
+        label.encode()
+    except UnicodeEncodeError:
+        raise fail("The label is not UTF-8.") from None
     with open_record(state) as db, transaction(db):
         key, token = keys.create(db, role=as_role, feedback=as_feedback, label=label, actor="cli")
     if json:
@@ -322,17 +328,31 @@ def votes_export(
     if output is None:
         sys.stdout.write(text)
         return
-    unfinished = output.with_name(output.name + ".part")
+    output = output.resolve()  # what a link leads to is replaced, not the link
     try:
-        unfinished.unlink(missing_ok=True)
-        unfinished.touch(mode=0o600)  # it holds what people say
-        unfinished.write_text(text)
-        unfinished.replace(output)
+        if output.is_dir():
+            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
+        if output.exists() and not output.is_file():  # a pipe or a device: in its place a file would stand
+            output.write_text(text)
+        else:
+            _write_whole(output, text)
     except OSError as error:
-        with suppress(OSError):
-            unfinished.unlink(missing_ok=True)
         raise fail(f"{output} cannot be written: {error.strerror}.") from None
     typer.echo(f"{len(lines)} votes written to {output}", err=True)
+
+
+def _write_whole(path: Path, text: str) -> None:
+    """All of it or nothing, and for its owner alone: it holds what people say."""
+    unfinished = path.with_name(path.name + ".part")
+    try:
+        unfinished.unlink(missing_ok=True)
+        unfinished.touch(mode=0o600)
+        unfinished.write_text(text)
+        unfinished.replace(path)
+    except OSError:
+        with suppress(OSError):
+            unfinished.unlink(missing_ok=True)
+        raise
 
 
 @votes_app.command("import-trusted")

@@ -306,6 +306,10 @@ class Engines:
             return  # another process of ours was first
         async with self._http.get(f"{engine.url}/health", timeout=HEALTH_TIMEOUT) as response:
             healthy = response.status == 200
+        if status == 404 and '"error"' not in said:  # vLLM has no such route
+            raise EngineProblem(
+                "it takes no adapters", "start it with --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=1"
+            )
         if status == 404:
             raise EngineProblem(f"it does not find {name}", f"{said} It must see {folder.parent} under this path")
         raise (PolicyRefused if healthy else EngineProblem)(f"it refused {name}", said)

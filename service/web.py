@@ -1,7 +1,9 @@
 """What browsers get: the pages and their files, sign-in and sessions, the conversations that the chat page keeps, and
 Markdown made safe. No page or file of ours names another host, and the Content-Security-Policy allows none."""
 
+import asyncio
 import hashlib
+from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -275,10 +277,15 @@ class MarkdownRequest(BaseModel):
         return texts
 
 
+_renderer = ThreadPoolExecutor(1, thread_name_prefix="markdown")
+"""A long text in the event loop would keep the streams waiting, and each thread takes its share of their time."""
+
+
 @router.post("/v1/markdown")
-def render_markdown(body: MarkdownRequest, key: User) -> dict[str, list[str]]:
-    """The safe HTML of each text. (No coroutine: a long text must not keep the streams waiting.)"""
-    return {"html": [markdown.render(text) for text in body.texts]}
+async def render_markdown(body: MarkdownRequest, key: User) -> dict[str, list[str]]:
+    """The safe HTML of each text."""
+    loop = asyncio.get_running_loop()
+    return {"html": [await loop.run_in_executor(_renderer, markdown.render, text) for text in body.texts]}
 
 
 @router.get("/v1/votes/count")

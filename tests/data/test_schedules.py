@@ -150,6 +150,7 @@ def test_the_change_of_clocks_neither_loses_a_run_nor_doubles_it() -> None:
         ("0 3 * * *  *", "has 6 fields"),
         ("*/0 3 * * *", "'0' is no step"),
         ("30-10 3 * * *", "30-10 goes backwards"),
+        ("*/" + "9" * 5000 + " 3 * * *", "at most 1000 characters"),
         ("0 3 1,,2 * *", "'' is not a number"),
         ("-5 3 * * *", "'' is not a number"),
         ("0 3 30 2 *", "No day of the calendar matches"),

@@ -63,13 +63,17 @@ def test_the_last_that_was_asked_for_is_pending_and_overtakes_the_others(db: Dat
     assert "promoted after it" in str(registry.get(db, "policy-0003").problem)
 
 
+@pytest.mark.parametrize("begun", [False, True], ids=["not looked at yet", "waits for an engine"])
 def test_what_an_operator_asked_for_comes_before_what_the_trainer_promoted_and_does_not_undo_it(
-    db: Database, add_policy: AddPolicy
+    db: Database, add_policy: AddPolicy, begun: bool
 ) -> None:
     flip(db, BASE_POLICY)
     promote(db, add_policy())
     flip(db, "policy-0001")
-    add_policy(PolicyStatus.PROMOTED)
+    trained = add_policy(PolicyStatus.PROMOTED)
+    if begun:
+        with transaction(db):
+            swaps.begin(db, trained)
     promote(db, BASE_POLICY)
     assert swaps.pending(db) == BASE_POLICY
     flip(db, BASE_POLICY)

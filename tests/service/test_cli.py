@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -273,11 +274,34 @@ def test_votes_are_exported_to_a_file_whole_or_not_at_all(
     assert output.stat().st_mode & 0o777 == 0o600
 
 
+def test_an_export_goes_through_a_link_and_into_a_pipe(nightshift: Command, vote: str, tmp_path: Path) -> None:
+    (tmp_path / "latest").symlink_to(tmp_path / "votes-of-today")
+    assert nightshift("votes", "export", "-o", str(tmp_path / "latest")).exit_code == 0
+    assert (tmp_path / "latest").is_symlink()
+    assert json.loads((tmp_path / "votes-of-today").read_text())["choice"] == "b"
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    reader = os.open(pipe, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        assert nightshift("votes", "export", "-o", str(pipe)).exit_code == 0
+        assert json.loads(os.read(reader, 100_000))["choice"] == "b"
+    finally:
+        os.close(reader)
+    assert pipe.is_fifo()
+
+
+def test_a_label_that_is_not_utf_8_is_refused(nightshift: Command) -> None:
+    result = nightshift("keys", "create", "--role", "user", "--label", "a\udcff")
+    assert (result.exit_code, "not UTF-8" in result.stderr) == (1, True)
+
+
 def test_an_export_that_cannot_be_written_says_why(nightshift: Command, vote: str, tmp_path: Path) -> None:
     result = nightshift("votes", "export", "--output", str(tmp_path))  # a folder
     assert result.exit_code == 1
     assert f"{tmp_path} cannot be written: Is a directory" in result.stderr
     assert list(tmp_path.parent.glob(f"{tmp_path.name}.part")) == []
+    result = nightshift("votes", "export", "--output", ".")
+    assert (result.exit_code, "Is a directory" in result.stderr) == (1, True)
 
 
 def test_policies_are_listed(nightshift: Command) -> None:

@@ -60,6 +60,17 @@ async def test_a_policy_is_loaded_from_its_checked_folder(house: House, engine: 
     assert engine.warm_ups[0].body["model"] == "policy-0000"
 
 
+async def test_an_engine_that_was_started_without_adapters_is_told_how_it_takes_them(
+    open_house: OpenHouse, engine: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    engine.refuses_load = Refusal(404, text='{"detail":"Not Found"}')  # of no such route
+    house = await open_house(engine, ready=False)
+    await says(house, "engine 1: it takes no adapters")
+    assert told(caplog, "--enable-lora", "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1")
+    engine.refuses_load = Refusal(404, "No adapter found for policy-0000")
+    await says(house, "engine 1: it does not find policy-0000")
+
+
 async def test_an_engine_that_holds_the_policy_already_is_warmed_but_not_loaded_again(
     open_house: OpenHouse, engine: FakeEngine
 ) -> None:

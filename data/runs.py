@@ -55,13 +55,14 @@ def request(db: Database, *, requested_by: str, config: dict[str, Any]) -> Run:
     return get(db, id_)
 
 
-def claim(db: Database) -> Run | None:
-    """Take the queued run for this process; None when nothing is queued. Call inside a transaction."""
+def claim(db: Database, id: str | None = None) -> Run | None:
+    """Take the queued run for this process, or this one alone; None where it is not queued. Call inside a
+    transaction."""
     now = timestamp()
     row = db.execute(
-        "UPDATE runs SET status = 'running', pid = ?, started_at = ?, heartbeat_at = ? WHERE status = 'queued'"
-        f" RETURNING {_COLUMNS}",
-        (os.getpid(), now, now),
+        "UPDATE runs SET status = 'running', pid = :pid, started_at = :now, heartbeat_at = :now WHERE status = 'queued'"
+        f" AND (:id IS NULL OR id = :id) RETURNING {_COLUMNS}",
+        {"pid": os.getpid(), "now": now, "id": id},
     ).fetchone()
     return _run(row) if row else None
 

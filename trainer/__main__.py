@@ -29,6 +29,7 @@ def main() -> int:
     parser.add_argument(
         "--request", action="store_true", help="once: ask for a run, rather than take the one in the queue"
     )
+    parser.add_argument("--run", metavar="ID", help="once: take this run alone from the queue")
     parser.add_argument("--seed", type=int, help="seed of the run that is asked for (default: training.seed)")
     parser.add_argument("--json", action="store_true", help="print the run as one JSON object on the last line")
     arguments = parser.parse_args()
@@ -48,10 +49,11 @@ def main() -> int:
         signal.signal(signal.SIGTERM, stop)
         return serve(settings)
     config = {} if arguments.seed is None else {"seed": arguments.seed}
-    return once(settings, request=config if arguments.request else None, as_json=arguments.json)
+    request = config if arguments.request else None
+    return once(settings, request=request, run_id=arguments.run, as_json=arguments.json)
 
 
-def once(settings: Settings, *, request: dict[str, Any] | None, as_json: bool) -> int:
+def once(settings: Settings, *, request: dict[str, Any] | None, run_id: str | None, as_json: bool) -> int:
     """0: the run succeeded, or nothing was queued. 1: it failed. 130: it was cancelled."""
     be_a_guest(settings)
     try:
@@ -69,7 +71,7 @@ def once(settings: Settings, *, request: dict[str, Any] | None, as_json: bool) -
             torch.set_flush_denormal(True)
             if settings.training.threads:
                 torch.set_num_threads(settings.training.threads)
-            run = carry_out(settings, request=request, watch=display)
+            run = carry_out(settings, request=request, run_id=run_id, watch=display)
     except runs.RunActive as active:
         print(f"{active} is queued or running already: watch it, or cancel it first.", file=sys.stderr)
         return 1

@@ -61,7 +61,7 @@ class _Started:
 
 class Clock:
     def __init__(self, settings: Settings, *, once: tuple[str, ...]) -> None:
-        """`once`: the command that carries out the run in the queue."""
+        """`once`: the command that carries out a run of the queue; `--run` and its id are put behind it."""
         self._once = once
         self._log = settings.state / "logs" / "train.log"
         self._db: Database = connect(settings.database)
@@ -197,8 +197,9 @@ class Clock:
             return
         with self._open_log(run.id) as output:
             process = subprocess.Popen(
-                self._once, stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True
-            )
+                (*self._once, "--run", run.id),
+                stdin=subprocess.DEVNULL, stdout=output, stderr=output, start_new_session=True,
+            )  # fmt: skip
         log.info("%s starts (process %d, %s)", run.id, process.pid, self._log)
         self._started = _Started(run.id, process)
         threading.Thread(target=self._notice_the_end_of, args=[process], daemon=True).start()
@@ -232,13 +233,18 @@ class Clock:
         self._started = None
 
     def _end_the_cancelled(self) -> None:
-        """By itself a run hears between its steps that it was cancelled. A step may be long, or hang."""
+        """By itself a run hears between its steps that it was cancelled. A step may be long, or hang. And whose run has
+        ended in the record, its process has some time to end as well: it may be stopped, or swapped out."""
         started = self._started
-        if started is None or runs.get(self._db, started.run_id).cancel_requested_at is None:
+        if started is None:
+            return
+        run = runs.get(self._db, started.run_id)
+        if run.cancel_requested_at is None and run.status in (RunStatus.QUEUED, RunStatus.RUNNING):
             return
         if started.kill_at is None:
             started.kill_at = time.monotonic() + STOP_S
-            started.process.terminate()
+            if run.cancel_requested_at is not None or run.status is RunStatus.CANCELLED:
+                started.process.terminate()
         elif time.monotonic() >= started.kill_at:
             log.warning("%s does not end; killing it", started.run_id)
             started.process.kill()

@@ -63,15 +63,17 @@ def once(
     settings: Settings,
     *,
     request: dict[str, Any] | None = None,
+    run_id: str | None = None,
     watch: Watch = lambda stage, step, steps, figures: None,
 ) -> Run | None:
     """Claim a run and carry it to its end.
 
     Args:
         request: ask for a run with this config first; None: take the one in the queue.
+        run_id: take this one alone: by the time that torch is imported another may be in its place.
 
     Returns:
-        The run as it ended; None when nothing is queued.
+        The run as it ended; None where there is none in the queue, or not this one.
 
     Raises:
         RunActive: a run was to be asked for, and there is one.
@@ -80,7 +82,7 @@ def once(
         with transaction(db):
             if request is not None:
                 runs.request(db, requested_by="cli", config=request)
-            run = runs.claim(db)
+            run = runs.claim(db, run_id)
         if run is None:
             return None
         with Keeper(settings.database, run.id) as keeper:

@@ -31,11 +31,13 @@ STAND_IN = f"""
 import os, signal, sys, time
 sys.path.append({sysconfig.get_path("purelib")!r})
 from pysqlite3 import dbapi2 as sqlite3
-database, manner = sys.argv[1:]
+database, manner, _, run_id = sys.argv[1:]
 if manner == "stillborn":
     sys.exit(3)
 if manner == "asleep":
     time.sleep(600)
+if manner == "slow":
+    time.sleep(1)
 db = sqlite3.connect(database, isolation_level=None)
 db.execute("PRAGMA busy_timeout = 60000")
 
@@ -48,8 +50,8 @@ def end(status):
     sys.exit(0)
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN if manner == "deaf" else lambda *_: end("cancelled"))
-db.execute("UPDATE runs SET status = 'running', pid = ?, started_at = ?, heartbeat_at = ? WHERE status = 'queued'",
-           (os.getpid(), now(), now()))
+db.execute("UPDATE runs SET status = 'running', pid = ?, started_at = ?, heartbeat_at = ? WHERE status = 'queued' AND id = ?",
+           (os.getpid(), now(), now(), run_id))
 print("at work", flush=True)
 if manner == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
@@ -448,6 +450,37 @@ def test_a_run_that_had_not_begun_when_the_clock_stopped_waits_for_the_next(sett
     assert runs.get(db, id).status is RunStatus.QUEUED
     with ticking(settings):
         assert until(lambda: ended(db, id)).status is RunStatus.SUCCEEDED
+
+
+def test_a_process_that_outlives_its_run_is_ended_and_the_next_run_starts(
+    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that is stopped, or swapped out, where somebody cancels the run that seems to have lost its process."""
+    monkeypatch.setattr(clock, "STOP_S", 0.5)
+    first = request(db)
+    with ticking(settings, "long"):
+        pid = until(lambda: running(db)).pid
+        with transaction(db):  # it must not stop while it writes
+            os.kill(pid, signal.SIGSTOP)
+        with transaction(db):
+            db.execute("UPDATE runs SET heartbeat_at = ?", (timestamp(plus_s=-70.0),))
+            assert runs.cancel(db, first, actor="cli").status is RunStatus.CANCELLED
+        second = request(db)
+        assert until(lambda: running(db)).id == second
+        with pytest.raises(ProcessLookupError):
+            os.kill(pid, 0)
+
+
+def test_a_process_that_was_started_for_a_cancelled_run_takes_no_other(settings: Settings, db: Database) -> None:
+    first = request(db)
+    with ticking(settings, "slow"):
+        until(lambda: (settings.state / "logs" / "train.log").exists())
+        with transaction(db):
+            runs.cancel(db, first, actor="cli")
+        second = request(db)
+        assert until(lambda: ended(db, second)).status is RunStatus.SUCCEEDED
+    log = (settings.state / "logs" / "train.log").read_text()
+    assert log.index(first) < log.index(second), "the second has a process of its own"
 
 
 def test_a_run_that_does_not_end_is_killed(settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -105,7 +105,8 @@ def _judge(figures: _Figures, settings: GateSettings) -> Check:
     return Check(
         "judge", rate, 0.5, low > 0.5,
         f"A judge, fitted to votes that the policy never met, prefers its answers {rate:.1%} of the time on {prompts}"
-        f" held-out prompts; the 95% interval, {low:.1%} to {high:.1%}, must lie above 50%.",
+        f" held-out prompts; the 95% interval, {low:.1%} to {high:.1%}, must lie above 50%"
+        + ("." if (low, high) != (0, 1) else "; so few prompts say nothing of others."),
     )  # fmt: skip
 
 

@@ -13,6 +13,7 @@ from trainer.backbone import Backbone
 from trainer.encoding import Answer, ChatFormat, by_length, collate
 from trainer.rollout import Query, Sampler
 
+FEWEST_PROMPTS = 6
 ANSWERS = 256
 """Of each policy, at least: with fewer prompts each is answered more than once."""
 PROBE_ANSWERS = 600
@@ -120,16 +121,20 @@ def clustered(wins: Tensor) -> tuple[float, float]:
 
     Wilson's, with as many trials as independent answers would have to be to vary as much as the prompts' own shares do
     (Kish's design effect): the number of prompts where each is all won or all lost, at most the number of answers. How
-    much they vary is learned from the prompts themselves, so of few prompts by Student's t.
+    much they vary is learned from the prompts themselves, so of few prompts by Student's t; of fewer than
+    FEWEST_PROMPTS nothing, since by a coin all of five are won more often than 2.5 times in a hundred.
 
     Args:
         wins: (draws, prompts) of 0 to 1.
     """
     draws, prompts = wins.shape
-    if prompts == 1:
+    if prompts < FEWEST_PROMPTS:
         return 0.0, 1.0
     share, spread = float(wins.mean()), float(wins.mean(dim=0).var(correction=1))
-    trials = prompts * min(max(share * (1 - share) / spread, 1.0), float(draws)) if spread else prompts
+    # Nothing varies less than by one answer, or who wins all of them would be known less well than who loses one.
+    least = 1 / (draws * prompts)
+    varying = max(share * (1 - share), least * (1 - least))
+    trials = prompts * min(max(varying / max(spread, least / draws), 1.0), float(draws))
     return wilson(share * trials, trials, z=_student(prompts - 1))
 
 

@@ -67,7 +67,9 @@ def voter_weights(
         votes: how many votes each voter cast.
         share: the largest part of the total weight that one voter may have, in (0, 1]. Of few voters somebody has
             more, whatever the cap; each may have half as much again as if all had voted alike, since a cap that
-            nobody keeps would make all alike, and give one who voted little as much as who voted all day.
+            nobody keeps would make all alike, and give one who voted little as much as who voted all day. Who has
+            less than half of `uncapped` counts as a part of a voter here, or one vote would silence a whole
+            application's.
         uncapped: a voter's first so many votes count in full whatever the share, or a small crowd could not learn.
         reliability: of voters, from 0 to 1; see `trainer.raters`. A vote of half the reliability tells a quarter as
             much: the information in a vote that is cast with probability 1/2 + rho (p - 1/2) is rho^2 at p = 1/2. A
@@ -78,7 +80,8 @@ def voter_weights(
     each = {voter: told[voter] / mean if voter in told and mean else 1.0 for voter in votes}
     totals = {voter: each[voter] * count for voter, count in votes.items()}
     ordered = sorted(totals.values(), reverse=True)
-    share = max(share, 1.5 / len(ordered)) if ordered else share
+    voters = sum(min(1.0, 2 * total / uncapped) for total in ordered) if uncapped else len(ordered)
+    share = max(share, 1.5 / voters) if voters else share
     limit = ordered[0] if ordered else 0.0
     for capped in range(len(ordered) + 1):
         # With the `capped` busiest voters at the limit L: L = share * (capped * L + the weight of the others).

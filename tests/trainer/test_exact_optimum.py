@@ -172,8 +172,10 @@ Mistake = Callable[[World, pytest.MonkeyPatch], None]
 
 
 def after_a_mistake(world: World, mistake: Mistake | None) -> float:
-    """Go on from the optimum for a while; give back what is left of it, and put the policy back."""
+    """Go on from the optimum for a while; give back what is left of it, and put policy and values back: after a head
+    that one mistake has spoiled, another one says little."""
     kept = {name: world.backbone.adapters.state(name) for name in ("policy", "value")}
+    head = {name: values.clone() for name, values in world.value_head.state_dict().items()}
     with pytest.MonkeyPatch.context() as monkeypatch:
         if mistake:
             mistake(world, monkeypatch)
@@ -181,6 +183,7 @@ def after_a_mistake(world: World, mistake: Mistake | None) -> float:
     left = world.reached()
     for name, state in kept.items():
         world.backbone.adapters.set_state(name, state)
+    world.value_head.load_state_dict(head)
     return left
 
 

@@ -359,17 +359,29 @@ def test_answers_to_one_prompt_count_as_one_where_they_are_alike() -> None:
     won = (torch.arange(20) < 15).double()
     assert clustered(won.repeat(13, 1)) == close(by_student(15, 20))
     assert clustered(won.view(1, 20)) == close(by_student(15, 20))
-    assert clustered(torch.ones(13, 20)) == close(by_student(20, 20))
+    assert clustered(torch.ones(13, 20)) == close(by_student(260, 260))
+    assert clustered(torch.ones(1, 20)) == close(by_student(20, 20))
     alternating = (torch.arange(260) % 2).double().view(20, 13).T.contiguous()
     assert clustered(alternating) == close(by_student(130, 260)), "each prompt is won as often as any other"
 
 
-@pytest.mark.parametrize("prompts", [1, 2, 3, 6])
-def test_a_handful_of_prompts_seldom_prefers_what_is_no_better(prompts: int) -> None:
+@pytest.mark.parametrize("prompts", [1, 2, 3, 5, 6, 8])
+@pytest.mark.parametrize("alike", [0.05, 1.5], ids=["all won or all lost", "each its own rate"])
+def test_a_handful_of_prompts_seldom_prefers_what_is_no_better(prompts: int, alike: float) -> None:
     rng = np.random.default_rng(0)
-    rates = rng.beta(1.5, 1.5, size=(2000, 1, prompts))
+    rates = rng.beta(alike, alike, size=(2000, 1, prompts))
     records = torch.from_numpy((rng.random((2000, 43, prompts)) < rates).astype(float))
     assert np.mean([clustered(wins)[0] > 0.5 for wins in records]) < 0.04
+
+
+def test_six_prompts_are_enough_for_what_always_wins() -> None:
+    won = torch.ones(43, 6).double()
+    low, _ = clustered(won)
+    assert low > 0.9
+    won[0, 0] = 0
+    assert 0.5 < clustered(won)[0] < low
+    assert clustered((torch.arange(43)[:, None] < 39).double().expand(43, 6))[0] > 0.8, "each as often as the others"
+    assert clustered(torch.ones(43, 5)) == (0, 1)
 
 
 def test_the_interval_holds_the_rate_over_all_prompts() -> None:

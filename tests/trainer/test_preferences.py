@@ -151,6 +151,25 @@ def test_of_few_people_one_who_voted_little_does_not_get_as_much_as_the_others(v
     assert totals["app"] <= 0.75 * sum(totals.values())
 
 
+@pytest.mark.parametrize(
+    "votes",
+    [
+        {"app": 5000, "me": 1},
+        {"app": 5000, "site": 5000, "me": 1, "you": 1},
+        {"a": 3000, "b": 3000} | dict.fromkeys("cdefgh", 5),
+    ],
+)
+def test_who_hardly_votes_is_no_voter_to_be_outvoted(votes: dict[str, int]) -> None:
+    """The others' weight would come down to the uncapped votes, and most that is learned to the trusted pairs."""
+    assert set(voter_weights(votes, share=0.1, uncapped=200).values()) == {1.0}
+
+
+def test_many_who_vote_a_little_are_a_crowd() -> None:
+    people = {f"person {n}": 20 for n in range(40)}
+    weights = voter_weights({"loud": 5000} | people, share=0.1, uncapped=200)
+    assert weights["loud"] * 5000 <= 200
+
+
 def test_no_votes_need_no_weights() -> None:
     assert voter_weights({}, share=0.1, uncapped=200) == {}
 

@@ -108,11 +108,12 @@ def released(db: Database) -> set[str]:
 
 
 def gold_answers(db: Database) -> dict[str, tuple[int, int]]:
-    """How many gold questions each rater answered, and how many of them rightly (a tie is not)."""
+    """How many gold questions each rater decided, and how many of them rightly. A tie says as little of a rater as in
+    a vote."""
     return {
         key_id: (asked, right)
         for key_id, asked, right in db.execute(
-            "SELECT key_id, count(choice), sum(choice = chosen_side) FROM gold_questions WHERE choice IS NOT NULL"
+            "SELECT key_id, count(*), sum(choice = chosen_side) FROM gold_questions WHERE choice IN ('a', 'b')"
             " GROUP BY key_id"
         )
     }

@@ -6,14 +6,14 @@ than a reward model of all votes, and more than one of half of them: see DECISIO
 """
 
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from trainer.backbone import Backbone
-from trainer.encoding import Answer, by_length, collate
+from trainer.encoding import by_length, collate
 from trainer.raters import CROWD, JudgedVote
 from trainer.reward_model import Pair
 
@@ -22,6 +22,9 @@ NO_WORD = 0.5
 PRIOR = 1.0
 """Standard deviation, before any vote, of what a pair's difference is worth: logits."""
 
+OnStep = Callable[[int, int], None]
+"""Called with the number of a step, from 0, and how many there are."""
+
 
 def judge(
     backbone: Backbone,
@@ -29,6 +32,7 @@ def judge(
     *,
     distrusted: Collection[str],
     at_least: int,
+    on_step: OnStep = lambda step, steps: None,
 ) -> list[JudgedVote]:
     """The decisive votes, each with the chance that the consensus of the other raters gives to it; NO_WORD for all
     where there are not CROWD trusted raters, or not `at_least` votes to learn from.
@@ -36,13 +40,16 @@ def judge(
     Args:
         votes: as `trainer.preferences.usable` yields them.
         distrusted: raters of whose votes nothing is learned here; they are judged like the others.
+        on_step: see `differences`.
     """
     decisive = [(record, pair) for record, pair in votes if not pair.tie]
     voters = [record["voter"] for record, _ in decisive]
     chances = [NO_WORD] * len(decisive)
     trusted = [voter for voter in voters if voter not in distrusted]
     if len(set(trusted)) >= CROWD and len(trusted) >= at_least:
-        chances = expected(differences(backbone, [pair for _, pair in decisive]), voters, distrusted=distrusted)
+        chances = expected(
+            differences(backbone, [pair for _, pair in decisive], on_step=on_step), voters, distrusted=distrusted
+        )
     return [
         JudgedVote(
             rater=record["voter"],
@@ -62,18 +69,21 @@ def is_one(judged: Sequence[JudgedVote]) -> bool:
 
 
 @torch.no_grad()
-def differences(backbone: Backbone, pairs: Sequence[Pair]) -> Tensor:
-    """(N, d) mean state of the chosen response minus that of the rejected one, by the base; float64, on the CPU."""
+def differences(backbone: Backbone, pairs: Sequence[Pair], *, on_step: OnStep = lambda step, steps: None) -> Tensor:
+    """(N, d) mean state of the chosen response minus that of the rejected one, by the base; float64, on the CPU.
 
-    def states(answers: Sequence[Answer]) -> Tensor:
-        found = torch.empty(len(answers), backbone.hidden_size, dtype=torch.float64)
-        for group in by_length([len(answer) for answer in answers], 8192):
-            batch = collate([answers[i] for i in group], backbone.device)
-            found[group] = backbone.response_means(batch)[:, 0].double().cpu()
-        return found
-
-    both = states([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs])
-    return both[: len(pairs)] - both[len(pairs) :]
+    Args:
+        on_step: called after each batch with its number, from 0, and how many there are: of many long votes they take
+            the better part of an hour. What it raises ends this.
+    """
+    answers = [pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]
+    states = torch.empty(len(answers), backbone.hidden_size, dtype=torch.float64)
+    groups = list(by_length([len(answer) for answer in answers], 8192))
+    for step, group in enumerate(groups):
+        batch = collate([answers[i] for i in group], backbone.device)
+        states[group] = backbone.response_means(batch)[:, 0].double().cpu()
+        on_step(step, len(groups))
+    return states[: len(pairs)] - states[len(pairs) :]
 
 
 def expected(differences: Tensor, voters: Sequence[str], *, distrusted: Collection[str]) -> list[float]:

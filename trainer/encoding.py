@@ -150,12 +150,18 @@ class ChatFormat:
             raise BadMessages(f"the chat template does not take these messages: {error}") from error
         return tuple(tokens)
 
-    def answer(self, messages: Sequence[Message], text: str, *, finished: bool = True) -> Answer:
-        """A stored text as the tokens of an answer, closed by the end token if it had finished. Raises BadMessages."""
+    def answer(
+        self, messages: Sequence[Message], text: str, *, finished: bool = True, query: tuple[int, ...] | None = None
+    ) -> Answer:
+        """A stored text as the tokens of an answer, closed by the end token if it had finished. Raises BadMessages.
+
+        Args:
+            query: of these messages, where it is known.
+        """
         response = self.tokenizer.encode(text, add_special_tokens=False)
         if finished or not response:
             response = [*response, self.end_id]
-        return Answer(self.query(messages), tuple(response), finished)
+        return Answer(self.query(messages) if query is None else query, tuple(response), finished)
 
     def text(self, answer: Answer) -> str:
         """What a reader sees of the response."""

@@ -112,7 +112,10 @@ def what_to_do(error: Exception) -> str | None:
             " on the same GPU, engine.gpu_memory_share, and start `nightshift up` again."
         )
     if isinstance(error, MemoryError) or "allocate memory" in said or "out of memory" in said:
-        return "Out of memory: lower microbatch_tokens in training.ppo and in training.reward."
+        return (
+            "Out of memory: lower microbatch_tokens in training.ppo and in training.reward and, where prompts are long,"
+            " training.max_prompt_tokens."
+        )
     if isinstance(error, EngineError):
         return f'{said}. Start another run when the engine is well, or set training.rollouts = "local".'
     if isinstance(error, sqlite3.OperationalError):
@@ -232,7 +235,10 @@ class _Night:
             max_answer_tokens=training.max_answer_tokens,
         )
         distrusted = raters.left_out(self.db)
-        judged = consensus.judge(backbone, votes, distrusted=distrusted, at_least=training.min_votes // 2)
+        judged = consensus.judge(
+            backbone, votes, distrusted=distrusted, at_least=training.min_votes // 2,
+            on_step=lambda step, steps: self._on_step("raters", steps)(step, {}),
+        )  # fmt: skip
         found = standings(judged, raters.gold_answers(self.db), distrusted=distrusted)
         with transaction(self.db):
             raters.keep(self.db, self.run.id, found, frees=consensus.is_one(judged))

@@ -171,10 +171,12 @@ def _pair(
 ) -> Pair | None:
     """None where it is too long, in tokens, or the chat template does not take the messages."""
     try:
-        pair = Pair(
-            chat.answer(messages, chosen, finished=finished[0]), chat.answer(messages, rejected, finished=finished[1])
-        )
+        query = chat.query(messages)  # one for both: of a long log it is most of what is kept
     except BadMessages:
         return None
+    pair = Pair(
+        chat.answer(messages, chosen, finished=finished[0], query=query),
+        chat.answer(messages, rejected, finished=finished[1], query=query),
+    )
     answers = max(len(pair.chosen.response), len(pair.rejected.response))
     return pair if len(pair.chosen.query) <= max_prompt and answers <= max_answer else None

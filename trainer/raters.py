@@ -71,7 +71,7 @@ def standings(
     """What is known of each rater.
 
     Args:
-        gold: how many gold questions each rater answered, and how many of them rightly.
+        gold: how many gold questions each rater decided, and how many of them rightly.
         distrusted: raters whose votes are left out already: they say nothing of the crowd.
     """
     by_rater: dict[str, list[JudgedVote]] = defaultdict(list)

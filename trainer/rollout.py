@@ -109,7 +109,7 @@ class LocalSampler:
             adapter: whose answers; None for the reference's.
             rows: how many answers are written at once, at most.
             tokens: of all of them together, queries and padding included: what the cache has room for; by default
-                65,536 on a CPU and four times as many on a GPU.
+                65,536 on a CPU and four times as many on a GPU. Of queries alone a fourth: they are read all at once.
         """
         self._backbone = backbone
         self._adapter = adapter
@@ -119,7 +119,7 @@ class LocalSampler:
 
     def __call__(self, queries: Sequence[Query], seeds: Sequence[int]) -> list[Answer]:
         answers: list[Answer | None] = [None] * len(queries)
-        longest = [len(query) + self._sampling.max_tokens for query in queries]
+        longest = [max(len(query) + self._sampling.max_tokens, 4 * len(query)) for query in queries]
         with self._backbone.adapters.merged(self._adapter):
             for rows in by_length(longest, self._tokens, rows=self._rows):
                 sampled = self._sample([queries[i] for i in rows], [seeds[i] for i in rows])

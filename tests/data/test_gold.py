@@ -100,6 +100,7 @@ def test_it_measures_the_rater_and_is_no_vote(db: Database, rater: str, add_pair
         vote(db, rater, pair.id, side if right else "tie" if right is None else {"a": "b", "b": "a"}[side])
     (row,) = raters.standing(db)
     assert (row["key"], row["votes"], row["gold"], row["gold_right"]) == (rater, 0, 3, 1)
+    assert raters.gold_answers(db) == {rater: (2, 1)}, "a tie says nothing of a rater"
     assert comparisons.count_votes(db, rater, since="2020") == 3
     assert comparisons.count_votes(db, rater, since="2999") == 0
     assert list(comparisons.export_preferences(db)) == []

@@ -50,8 +50,8 @@ def end(status):
     sys.exit(0)
 
 signal.signal(signal.SIGTERM, signal.SIG_IGN if manner == "deaf" else lambda *_: end("cancelled"))
-db.execute("UPDATE runs SET status = 'running', pid = ?, started_at = ?, heartbeat_at = ? WHERE status = 'queued' AND id = ?",
-           (os.getpid(), now(), now(), run_id))
+db.execute("UPDATE runs SET status = 'running', pid = ?, started_at = ?, heartbeat_at = ?"
+           " WHERE status = 'queued' AND id = ?", (os.getpid(), now(), now(), run_id))
 print("at work", flush=True)
 if manner == "killed":
     os.kill(os.getpid(), signal.SIGKILL)

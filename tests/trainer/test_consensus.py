@@ -10,7 +10,8 @@ import torch
 from tests.trainer.test_reward_model import make_pairs
 from trainer.backbone import Backbone
 from trainer.consensus import NO_WORD, differences, expected, judge, parts
-from trainer.encoding import collate
+from trainer.encoding import Answer, collate
+from trainer.reward_model import Pair
 
 MakeBackbone = Callable[..., Backbone]
 TASTE = torch.tensor([2.0, -1.0] + [0.0] * 10, dtype=torch.float64)
@@ -95,6 +96,21 @@ def test_differences_are_of_the_base_whatever_adapter_there_is(tiny_backbone: Ma
         with torch.no_grad():
             states = backbone.response_means(collate([pair.chosen, pair.rejected]))[:, 0]
         assert torch.allclose(difference, states[0] - states[1], atol=1e-10)
+
+
+def test_who_waits_for_the_differences_is_told_of_each_step_and_may_end_them(tiny_backbone: MakeBackbone) -> None:
+    seen: list[tuple[int, int]] = []
+
+    def on_step(step: int, steps: int) -> None:
+        seen.append((step, steps))
+        if len(seen) == 2:
+            raise KeyboardInterrupt
+
+    query = tuple(range(3, 13)) * 100
+    pairs = [Pair(Answer(query, (3, 4), True), Answer(query, (5, 4), True))] * 12
+    with pytest.raises(KeyboardInterrupt):
+        differences(tiny_backbone("reward"), pairs, on_step=on_step)
+    assert seen == [(0, 3), (1, 3)]
 
 
 def judged(backbone: Backbone, people: int, *, at_least: int = 10, distrusted: Collection[str] = ()) -> list[float]:

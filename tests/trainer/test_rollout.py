@@ -12,7 +12,7 @@ from accelerate import Accelerator
 
 from trainer import rollout
 from trainer.backbone import Backbone
-from trainer.rollout import Engine, EngineError, EngineSampler, LocalSampler, Sampling, forget_leftovers
+from trainer.rollout import Engine, EngineError, EngineSampler, LocalSampler, Query, Sampling, forget_leftovers
 
 MakeBackbone = Callable[..., Backbone]
 QUERIES = [(3, 4, 5), (6,), (7, 8, 9, 10, 11, 12), (3,), (9, 9)]
@@ -51,6 +51,20 @@ def test_an_answer_stops_at_the_limit(tiny_backbone: MakeBackbone) -> None:
     answers = LocalSampler(tiny_backbone(), None, sampling)(QUERIES, range(5))
     assert [len(a.response) for a in answers] == [5] * 5
     assert not any(a.finished for a in answers)
+
+
+def test_long_queries_are_not_all_read_at_once(tiny_backbone: MakeBackbone, monkeypatch: pytest.MonkeyPatch) -> None:
+    backbone, read = tiny_backbone(), []
+    sample = LocalSampler._sample
+
+    def noted(self: LocalSampler, queries: list[Query], seeds: list[int]) -> list[list[int]]:
+        read.append(len(queries) * max(map(len, queries)))
+        return sample(self, queries, seeds)
+
+    monkeypatch.setattr(LocalSampler, "_sample", noted)
+    sampling = Sampling(max_tokens=1, end_ids=frozenset())
+    LocalSampler(backbone, None, sampling, tokens=400)([(3,) * 20] * 12 + [(4,)] * 12, range(24))
+    assert max(read) == 100
 
 
 class FakeEngine(ThreadingHTTPServer):

@@ -182,6 +182,7 @@ def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[
     }
     kinds = Counter(kind.values())
     size = {of_kind: sum(count for _, count in of_kind) for of_kind in kinds}
+    strangers = _strangers(votes)
     found: dict[str, tuple[float, int, str]] = {}
     for phrase, counts in for_.items():
         # What is usual is counted without all who may push it, and then anew without those alone who stand out: the
@@ -193,6 +194,7 @@ def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[
             share = {k: sum(usual.get(of, 0.0) * count for of, count in k) / size[k] for k in kinds}
             least = {k: _least(size[k], share[k]) for k in kinds}
             aside = many = {rater for rater, count in counts.items() if count >= least[kind[rater]][0]}
+        many = many - strangers
         together = poisson_tail(len(many), sum(least[k][1] * raters for k, raters in kinds.items())) * tried
         alone = {r: binomial_tail(counts[r], cast[r], share[kind[r]]) * len(cast) * tried for r in many}
         group = {rater for rater in many if min(together, alone[rater]) < RARE}
@@ -230,6 +232,22 @@ def _worth_counting(votes: Sequence[tuple[str, str, str]], cast: Counter[str]) -
         twice.append(distinct[counts > 1])
         pushed.update(distinct[(counts > 1) & (counts >= PUSHED * cast[rater])].tolist())
     return len(torch.cat(twice).unique()) if twice else 0, pushed
+
+
+def _strangers(votes: Sequence[tuple[str, str, str]]) -> set[str]:
+    """Raters most of whose answers' words hardly anybody else was shown: they have a language of their own, and what is
+    usual in it the others' answers do not say. Of six votes half are soon for one of its common words."""
+    words: dict[str, Counter[int]] = defaultdict(Counter)
+    for rater, *texts in votes:
+        for text in texts:
+            words[rater].update(map(hash, re.findall(r"\w+", text.casefold())))
+    seen = Counter(word for theirs in words.values() for word in theirs)
+    few = min(CROWD, len(words) / 2)
+    return {
+        rater
+        for rater, theirs in words.items()
+        if sum(count for word, count in theirs.items() if seen[word] <= few) > theirs.total() / 2
+    }
 
 
 def _eager(for_: Counter[str], cast: Counter[str]) -> set[str]:

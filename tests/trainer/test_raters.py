@@ -1,8 +1,9 @@
 """A model of raters, on crowds whose every habit is known."""
 
 import math
+import itertools
 import random
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import pytest
 
@@ -288,3 +289,21 @@ def test_tails_agree_with_plain_sums() -> None:
     assert poisson_tail(1, 800.0) == pytest.approx(poisson_tail(40, 800.0)) == pytest.approx(1)
     assert poisson_tail(900, 800.0) < 1e-3
     assert (binomial_tail(1, 5, 0.0), binomial_tail(1, 5, 1.0)) == (0, 1)
+
+
+@pytest.mark.parametrize("speakers", [1, 2, 5])
+@pytest.mark.parametrize("votes", [6, 10])
+def test_few_who_speak_a_language_of_their_own_push_none_of_its_words(speakers: int, votes: int) -> None:
+    """Of six votes half are soon for one of its hundred common words, and nobody else's answers say how common."""
+    rng = random.Random(speakers)
+
+    def speaks(language: str) -> Callable[[], str]:
+        words = [f"{language}{i}" for i in range(2000)]
+        common = list(itertools.accumulate(1 / (i + 2.7) for i in range(2000)))
+        return lambda: " ".join(rng.choices(words, cum_weights=common, k=rng.choice((8, 16, 40))))
+
+    english, german = speaks("e"), speaks("g")
+    for _ in range(5):
+        cast = [(f"english {n}", english(), english()) for n in range(40) for _ in range(12)]
+        cast += [(f"german {n}", german(), german()) for n in range(speakers) for _ in range(votes)]
+        assert pushers(cast) == {}

@@ -123,6 +123,7 @@ class Completion:
     sampling: dict[str, Any]
     status: CompletionStatus
     finish_reason: str | None
+    """OpenAI's, and "stop_sequence" where the request's own `stop` cut it off."""
     prompt_tokens: int | None
     completion_tokens: int | None
     first_token_ms: float | None

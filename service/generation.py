@@ -87,6 +87,8 @@ class EngineChoice(_FromEngine):
     message: _EngineMessage
     logprobs: dict[str, Any] | None = None
     finish_reason: str | None
+    stop_reason: int | str | None = None
+    """The text of `stop` that it came to, or a token; None for the model's own end."""
 
 
 class _EngineUsage(_FromEngine):
@@ -130,7 +132,7 @@ async def complete(call: Call, answer: Answer) -> None:
         choice.index: {
             "content": choice.message.content,
             "tool_calls": choice.message.tool_calls,
-            "finish_reason": choice.finish_reason,
+            "finish_reason": sse.end_of(choice.model_dump(include={"finish_reason", "stop_reason"})),
         }
         for choice in whole.choices
     }

@@ -111,6 +111,7 @@ class Reply:
 
     choices: list[list[str]] = field(default_factory=lambda: [["Hi", " there", "."]])
     finish_reason: str = "stop"
+    stop_reason: str | int | None = None
     logprobs: dict[str, Any] | None = None
     tool_calls: list[dict[str, Any]] | None = None
     """Deltas of tool calls, each a chunk of its own, instead of text."""
@@ -388,7 +389,8 @@ def stream_chunks(model: str, reply: Reply) -> tuple[list[bytes], list[bytes], l
             if turn < len(reply.choices[i])
         ]
     last = [
-        choice(i, {"content": ""}, finish_reason=reply.finish_reason, stop_reason=None, token_ids=None) for i in indices
+        choice(i, {"content": ""}, finish_reason=reply.finish_reason, stop_reason=reply.stop_reason, token_ids=None)
+        for i in indices
     ]
     return tuple([_event(fields, model, reply) for fields in part] for part in (first, deltas, last))  # type: ignore[return-value]
 
@@ -407,7 +409,7 @@ def whole_body(model: str, reply: Reply) -> dict[str, Any]:
                 "message": message,
                 "logprobs": reply.logprobs,
                 "finish_reason": reply.finish_reason,
-                "stop_reason": None,
+                "stop_reason": reply.stop_reason,
                 "token_ids": None,
                 "routed_experts": None,
             }

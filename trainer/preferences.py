@@ -152,7 +152,8 @@ def usable(
             continue
         texts = record["chosen"][0]["content"], record["rejected"][0]["content"]
         # An end that was not there must not be learned as one.
-        finished = record["chosen_finish_reason"] != "length", record["rejected_finish_reason"] != "length"
+        cut = ("length", "stop_sequence")
+        finished = record["chosen_finish_reason"] not in cut, record["rejected_finish_reason"] not in cut
         if pair := _pair(chat, record["prompt"], *texts, max_prompt_tokens, max_answer_tokens, finished):
             shown = -1.0 if record["choice"] == "b" else 1.0
             tie, active = record["choice"] == "tie", record["kind"] == ComparisonKind.ACTIVE

@@ -260,6 +260,19 @@ async def test_a_streamed_answer_is_kept_as_the_whole_it_adds_up_to(house: House
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(("reason", "recorded"), [("END", "stop_sequence"), (151645, "stop"), (None, "stop")])
+async def test_an_answer_that_the_request_s_stop_cut_off_is_told_apart_on_record(
+    house: House, engine: FakeEngine, stream: bool, reason: str | int | None, recorded: str
+) -> None:
+    engine.answer = lambda body: say("One, two", finish_reason="stop", stop_reason=reason)
+    answer = await house.chat(stream=stream, stop=["END"])
+    ends = [c["finish_reason"] for chunk in (answer.chunks if stream else [answer.json]) for c in chunk["choices"]]
+    assert ends[-1] == "stop"
+    (row,) = await house.rows("completions")
+    assert row["finish_reason"] == recorded
+
+
+@pytest.mark.parametrize("stream", [False, True])
 @pytest.mark.parametrize("model_first", [False, True])
 async def test_each_of_two_choices_is_kept(house: House, engine: FakeEngine, stream: bool, model_first: bool) -> None:
     engine.answer = lambda body: Reply(choices=[["One", " and"], ["Two"]], model_first=model_first)

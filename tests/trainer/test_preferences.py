@@ -187,12 +187,13 @@ def test_votes_weigh_as_much_as_they_can_be_relied_on() -> None:
     assert alone == {"a": 1.0}, "there is nobody else to learn from"
 
 
-def test_an_answer_that_was_cut_off_is_not_learned_as_one_that_ended(chat: ChatFormat) -> None:
+@pytest.mark.parametrize("reason", ["length", "stop_sequence"])
+def test_an_answer_that_was_cut_off_is_not_learned_as_one_that_ended(chat: ChatFormat, reason: str) -> None:
     def pair(**change: str) -> Pair:
         (known,) = (pair for pairs in prepared(chat, [record(1) | change]).pairs.values() for pair in pairs)
         return known
 
-    whole, broken = pair(), pair(chosen_finish_reason="length")
+    whole, broken = pair(), pair(chosen_finish_reason=reason)
     assert (whole.chosen.finished, broken.chosen.finished, broken.rejected.finished) == (True, False, True)
     assert whole.chosen.response == (*broken.chosen.response, chat.end_id)
 

@@ -1,7 +1,7 @@
 """A model of raters, on crowds whose every habit is known."""
 
-import math
 import itertools
+import math
 import random
 from collections.abc import Callable, Sequence
 

@@ -473,6 +473,8 @@ def main() -> None:
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
     arguments.url = arguments.url.rstrip("/")
+    if arguments.votes is not None and arguments.votes < 1:
+        parser.error("--votes must be at least 1")
     if not arguments.key:
         parser.error("--key is missing: an operator's key, as `nightshift up` shows it once")
     try:

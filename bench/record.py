@@ -93,7 +93,9 @@ def in_readme(bench: str) -> tuple[str, str, str]:
 
 
 def put_into_readme(bench: str, table: str) -> None:
-    before, _, behind = in_readme(bench)
+    before, old, behind = in_readme(bench)
+    if old == table:
+        return
     new = README.with_name(f".{README.name}.{os.getpid()}")
     new.write_text(before + table + behind)
     new.replace(README)  # whole or not at all, whenever the bench is stopped

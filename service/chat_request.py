@@ -91,7 +91,8 @@ def _are_not_too_much(schemas: Iterable[dict[str, Any]]) -> None:
 
 
 def _repeats(pattern: Any) -> int:
-    """No fewer than a pattern's counted repetitions come to, written out."""
+    """What a pattern's counted repetitions come to, written out, as from above: groups as if each held all the others
+    and the whole pattern, of which ten characters cost as much as one repetition."""
     single, groups = 0, 1
     for group, least, most in _REPEATED.findall(pattern) if isinstance(pattern, str) else ():
         count = int(most or least)
@@ -99,7 +100,7 @@ def _repeats(pattern: Any) -> int:
             groups *= max(count, 1)
         else:
             single += count
-    return max(single, int(groups > 1)) * groups
+    return (single + 1 + len(pattern) // 10) * groups if groups > 1 else single
 
 
 def _is_not_too_much(schema: dict[str, Any]) -> dict[str, Any]:

@@ -276,7 +276,10 @@ BUSY: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "depth": (nested(19), nested(20), "at most 40 objects and lists deep"),
     "a repetition": ({"pattern": "^[a-z]{1,1000}$"}, {"pattern": "^[a-z]{1,1001}$"}, "at most 1000 repetitions"),
     "a repetition of repetitions": (
-        {"pattern": r"^(\d{1,3}\.){3}\d{1,3}$"}, {"pattern": "(a{1,40}b){ 1, 30 }"}, "these have 1200"
+        {"pattern": r"^(\d{1,3}\.){3}\d{1,3}$"}, {"pattern": "(a{1,40}b){ 1, 30 }"}, "these have 1260"
+    ),
+    "a repetition of a long group": (
+        {"pattern": "(" + "a" * 80 + "){1,90}"}, {"pattern": "(" + "a" * 100 + "){1,300}"}, "these have 3300"
     ),
     "a name's pattern": (
         {"patternProperties": {"^x{20}$": {}}}, {"patternProperties": {"(x{2000}|y)": {}}}, "these have 2000"

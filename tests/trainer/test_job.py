@@ -384,7 +384,7 @@ def test_no_memory(settings: Settings, db: Database, voted: None, monkeypatch: p
         (sqlite3.OperationalError("database or disk is full"), "The disk is full"),
         (sqlite3.OperationalError("database is locked"), "The record cannot be written .*nightshift doctor"),
         (torch.OutOfMemoryError("CUDA out of memory."), "lower microbatch_tokens .*, engine.gpu_memory_share"),
-        (MemoryError(), r"lower microbatch_tokens in training.ppo and in training.reward\.$"),
+        (MemoryError(), r"lower microbatch_tokens in training.ppo and in training.reward and, where prompts are long,"),
         (ZeroDivisionError("division by zero"), "A fault in the trainer .ZeroDivisionError: division by zero"),
     ],
     ids=lambda value: type(value).__name__,

@@ -40,7 +40,11 @@ def promote(db: Database, name: str, *, actor: str, reason: str) -> Swap:
         failed = " ".join(check["sentence"] for check in policy.gate["checks"] if not check["passed"])
         raise CannotPromote(f"{name} did not pass the gate: {failed}")
     if policy.status is PolicyStatus.PROMOTED and pending(db) == name:
-        return _open(db, name, actor, reason)
+        swap = _open(db, name, actor, reason)
+        if swap.actor not in UNASKED:
+            return swap
+        audit.record(db, actor=actor, action="policy.promote", subject=name)
+        return _insert(db, name, actor, reason)  # now somebody has asked for it
     break_off(db, reason=f"{name} is to serve ({reason})")
     serving = registry.serving(db)
     if serving is not None and serving.status is PolicyStatus.SERVING:
@@ -101,6 +105,8 @@ _PENDING = (
     " FROM policies LEFT JOIN (SELECT policy, max(rowid) AS requested FROM swaps WHERE flipped_at IS NULL"
     " AND actor NOT IN ('trainer', 'start') GROUP BY policy) ON policy = name WHERE status = 'promoted'"
 )
+UNASKED = ("trainer", "start")
+"""Who begins a swap without anybody's word."""
 
 
 def pending(db: Database) -> str | None:

@@ -5,6 +5,7 @@ import logging
 import random
 import time
 from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager, closing
 from pathlib import Path
 from typing import Annotated, Any
@@ -46,6 +47,7 @@ def create_app(settings: Settings | None = None, *, rng: random.Random | None = 
             await state.hot_swap.close()
             await state.engines.close()
             state.writer.close()
+            state.renderer.shutdown(wait=False, cancel_futures=True)
             state.reader.close()
 
     metrics = Metrics()
@@ -79,7 +81,8 @@ def _open_state(settings: Settings, metrics: Metrics, rng: random.Random) -> Sta
 
     engines = Engines(settings.engine, home=(settings.state / "policies").resolve(), wanted=wanted, folder_of=folder_of)
     hot_swap = HotSwap(settings, reader, writer, engines, metrics)
-    return State(settings, reader, writer, engines, hot_swap, Scorer(settings, metrics), metrics, rng)
+    renderer = ThreadPoolExecutor(1, thread_name_prefix="markdown")
+    return State(settings, reader, writer, engines, hot_swap, Scorer(settings, metrics), metrics, rng, renderer)
 
 
 async def list_models(request: Request, key: Annotated[Key, needs(Role.USER)]) -> dict[str, Any]:

@@ -1,10 +1,9 @@
 """What a chat request may hold: OpenAI's schema as far as vLLM serves it, and `feedback`."""
 
 import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationInfo, field_validator, model_validator
 
 from data.types import Feedback, MessageRole
 
@@ -55,19 +54,20 @@ class _StreamOptions(BaseModel):
 MOST_TOOLS = 128
 MOST_NAMES = 400
 """Properties and enum values. What vLLM makes of a schema takes the cube of them: .2 s for so many, half a minute for
-three times as many, while every other request with a schema waits and nothing stops it. With a tool that must be called
-it makes one schema of all tools."""
+three times as many, while every other request with a schema waits and nothing stops it."""
 MOST_PARTS = 2000
 MOST_DEEP = 40
 """Of objects and lists in one another: the cube again, 10 s for 380."""
-MOST_REPEATED = 1000
-"""What a pattern's {m,n} ask for, and groups in groups multiply: the square, 5 s for 5,000, and in vLLM's event loop,
-so that every answer stands still."""
-_REPEATED = re.compile(r"(\))?\{\s*(\d+)\s*(?:,\s*(\d*)\s*)?\}")
+MOST_WRITTEN_OUT = 1500
+"""What patterns come to with all repetitions written out: the square, 5 s for 5,000 of {1,5000}, which stands in
+vLLM's event loop so that no answer moves, and 17 s for 2,000 of "[a-z]?"."""
+_PIECES = re.compile(
+    r"\\.|\[(?:\\.|[^\]\\])*\]|(?P<open>\()|(?P<close>\))|\{(?P<least>\d+)\s*(?:,\s*(?P<most>\d*)\s*)?\}|.", re.S
+)
 
 
-def _are_not_too_much(schemas: Iterable[dict[str, Any]]) -> None:
-    names = parts = repeated = 0
+def _is_not_too_much(*schemas: dict[str, Any]) -> None:
+    names = parts = written_out = 0
     left: list[tuple[Any, int]] = [(schema, 1) for schema in schemas]
     while left:
         part, depth = left.pop()
@@ -78,47 +78,62 @@ def _are_not_too_much(schemas: Iterable[dict[str, Any]]) -> None:
             names += len(part["properties"]) if isinstance(part.get("properties"), dict) else 0
             names += len(part["enum"]) if isinstance(part.get("enum"), list) else 0
             patterns = part.get("patternProperties")
-            repeated += sum(map(_repeats, (part.get("pattern"), *(patterns if isinstance(patterns, dict) else ()))))
+            written_out += sum(map(_length, (part.get("pattern"), *(patterns if isinstance(patterns, dict) else ()))))
         inner = part.values() if isinstance(part, dict) else part if isinstance(part, list) else ()
         left += [(one, depth + 1) for one in inner]
     for count, most, what in (
         (names, MOST_NAMES, "properties and enum values"),
         (parts, MOST_PARTS, "parts"),
-        (repeated, MOST_REPEATED, "repetitions {m,n} in patterns, a group's times what is in it"),
+        (written_out, MOST_WRITTEN_OUT, "characters in patterns with their repetitions written out"),
     ):
         if count > most:
-            raise ValueError(f"a request's schemas have at most {most} {what} here, and these have {count}")
+            raise ValueError(f"a schema has at most {most} {what} here, and this one has {count}")
 
 
-def _repeats(pattern: Any) -> int:
-    """What a pattern's counted repetitions come to, written out, as from above: groups as if each held all the others
-    and the whole pattern, of which ten characters cost as much as one repetition."""
-    single, groups = 0, 1
-    for group, least, most in _REPEATED.findall(pattern) if isinstance(pattern, str) else ():
-        count = int(most or least)
-        if group:
-            groups *= max(count, 1)
+def _length(pattern: Any) -> int:
+    """Of a pattern, in characters and classes of them, with its counted repetitions written out."""
+    if not isinstance(pattern, str):
+        return 0
+    if len(pattern) > 10 * MOST_WRITTEN_OUT:
+        return len(pattern)
+    groups, last = [0], 0
+    for piece in _PIECES.finditer(pattern):
+        if piece["open"]:
+            groups.append(0)
+        elif piece["close"] and len(groups) > 1:
+            last = groups.pop()
+            groups[-1] += last
+        elif piece["least"]:
+            times = max(int(piece["most"] or piece["least"]), 1)
+            groups[-1] += last * (times - 1)
+            last *= times
+            if last > MOST_WRITTEN_OUT:
+                return last
         else:
-            single += count
-    return (single + 1 + len(pattern) // 10) * groups if groups > 1 else single
+            last = 1
+            groups[-1] += 1
+    return sum(groups)
 
 
-def _is_not_too_much(schema: dict[str, Any]) -> dict[str, Any]:
-    _are_not_too_much([schema])
+def _checked(schema: dict[str, Any]) -> dict[str, Any]:
+    _is_not_too_much(schema)
     return schema
+
+
+_Schema = Annotated[dict[str, Any], AfterValidator(_checked)]
 
 
 class _ResponseFormat(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["text", "json_object", "json_schema"]
-    json_schema: Annotated[dict[str, Any], AfterValidator(_is_not_too_much)] | None = None
+    json_schema: _Schema | None = None
 
 
 class _Function(BaseModel):
     model_config = ConfigDict(extra="forbid")
     name: Annotated[str, Field(min_length=1)]
     description: str | None = None
-    parameters: dict[str, Any] | None = None
+    parameters: _Schema | None = None
     strict: bool | None = None
 
 
@@ -126,11 +141,6 @@ class _Tool(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["function"]
     function: _Function
-
-
-def _tools_are_not_too_much(tools: list[_Tool]) -> list[_Tool]:
-    _are_not_too_much(tool.function.parameters or {} for tool in tools)
-    return tools
 
 
 class _FunctionName(BaseModel):
@@ -175,10 +185,14 @@ class ChatRequest(BaseModel):
     logprobs: bool | None = None
     top_logprobs: Annotated[int, Field(ge=0, le=20)] | None = None
     response_format: _ResponseFormat | None = None
-    tools: (
-        Annotated[list[_Tool], Field(fail_fast=True, max_length=MOST_TOOLS), AfterValidator(_tools_are_not_too_much)]
-        | None
-    ) = None
+    tools: Annotated[list[_Tool], Field(fail_fast=True, max_length=MOST_TOOLS)] | None = None
     tool_choice: Literal["none", "auto", "required"] | _ToolChoice | None = None
     parallel_tool_calls: bool | None = None
     reasoning_effort: str | None = None
+
+    @field_validator("tool_choice")
+    @classmethod
+    def _is_not_too_much_in_all(cls, choice: object, info: ValidationInfo) -> object:
+        if choice == "required":  # vLLM makes one schema of all tools then
+            _is_not_too_much(*(tool.function.parameters or {} for tool in info.data.get("tools") or ()))
+        return choice

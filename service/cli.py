@@ -1,11 +1,9 @@
 """The `nightshift` command: every verb a thin call. Heavy imports live inside the verbs, so that --help is quick."""
 
 import json as jsonlib
-import os
 import sys
 import time
 from contextlib import suppress
-from errno import EISDIR
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -328,16 +326,13 @@ def votes_export(
     if output is None:
         sys.stdout.write(text)
         return
-    output = output.resolve()  # what a link leads to is replaced, not the link
     try:
-        if output.is_dir():
-            raise IsADirectoryError(EISDIR, os.strerror(EISDIR))
         if output.exists() and not output.is_file():  # a pipe or a device: in its place a file would stand
             output.write_text(text)
-        else:
-            _write_whole(output, text)
-    except OSError as error:
-        raise fail(f"{output} cannot be written: {error.strerror}.") from None
+        else:  # what a link leads to is replaced, not the link
+            _write_whole(output.resolve(), text)
+    except (OSError, RuntimeError) as error:  # of links in a circle
+        raise fail(f"{output} cannot be written: {getattr(error, 'strerror', None) or error}.") from None
     typer.echo(f"{len(lines)} votes written to {output}", err=True)
 
 

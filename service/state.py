@@ -4,7 +4,7 @@ import asyncio
 import logging
 import random
 from collections.abc import Callable
-from concurrent.futures import Future
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
@@ -38,6 +38,9 @@ class State:
     scorer: Scorer
     metrics: Metrics
     rng: random.Random
+    renderer: ThreadPoolExecutor
+    """Of Markdown, one text at a time: a long one in the event loop would keep the streams waiting, and each thread
+    takes its share of their time."""
 
     async def write(self, work: Callable[[Database], T]) -> T:
         """Run `work` in a transaction; when this returns, it is on disk. Raises what `work` raises, and ApiError when

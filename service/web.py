@@ -3,7 +3,6 @@ Markdown made safe. No page or file of ours names another host, and the Content-
 
 import asyncio
 import hashlib
-from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from functools import cache
 from pathlib import Path
@@ -277,15 +276,11 @@ class MarkdownRequest(BaseModel):
         return texts
 
 
-_renderer = ThreadPoolExecutor(1, thread_name_prefix="markdown")
-"""A long text in the event loop would keep the streams waiting, and each thread takes its share of their time."""
-
-
 @router.post("/v1/markdown")
-async def render_markdown(body: MarkdownRequest, key: User) -> dict[str, list[str]]:
+async def render_markdown(body: MarkdownRequest, key: User, request: Request) -> dict[str, list[str]]:
     """The safe HTML of each text."""
-    loop = asyncio.get_running_loop()
-    return {"html": [await loop.run_in_executor(_renderer, markdown.render, text) for text in body.texts]}
+    loop, renderer = asyncio.get_running_loop(), state_of(request).renderer
+    return {"html": [await loop.run_in_executor(renderer, markdown.render, text) for text in body.texts]}
 
 
 @router.get("/v1/votes/count")

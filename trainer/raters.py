@@ -182,7 +182,7 @@ def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[
     }
     kinds = Counter(kind.values())
     size = {of_kind: sum(count for _, count in of_kind) for of_kind in kinds}
-    strangers = _strangers(votes)
+    strangers, strange = _strangers(votes)
     found: dict[str, tuple[float, int, str]] = {}
     for phrase, counts in for_.items():
         # What is usual is counted without all who may push it, and then anew without those alone who stand out: the
@@ -194,7 +194,8 @@ def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[
             share = {k: sum(usual.get(of, 0.0) * count for of, count in k) / size[k] for k in kinds}
             least = {k: _least(size[k], share[k]) for k in kinds}
             aside = many = {rater for rater, count in counts.items() if count >= least[kind[rater]][0]}
-        many = many - strangers
+        if all(hash(word) in strange for word in phrase.split(" ")):
+            many = many - strangers
         together = poisson_tail(len(many), sum(least[k][1] * raters for k, raters in kinds.items())) * tried
         alone = {r: binomial_tail(counts[r], cast[r], share[kind[r]]) * len(cast) * tried for r in many}
         group = {rater for rater in many if min(together, alone[rater]) < RARE}
@@ -234,20 +235,22 @@ def _worth_counting(votes: Sequence[tuple[str, str, str]], cast: Counter[str]) -
     return len(torch.cat(twice).unique()) if twice else 0, pushed
 
 
-def _strangers(votes: Sequence[tuple[str, str, str]]) -> set[str]:
-    """Raters most of whose answers' words hardly anybody else was shown: they have a language of their own, and what is
-    usual in it the others' answers do not say. Of six votes half are soon for one of its common words."""
+def _strangers(votes: Sequence[tuple[str, str, str]]) -> tuple[set[str], set[int]]:
+    """Raters most of whose answers' words hardly anybody else was shown, and the hashes of such words. They have a
+    language of their own: of six votes half are soon for one of its common words, and the others' answers do not say
+    how common it is. A phrase that has a word of everybody's is not excused by that."""
     words: dict[str, Counter[int]] = defaultdict(Counter)
     for rater, *texts in votes:
         for text in texts:
-            words[rater].update(map(hash, re.findall(r"\w+", text.casefold())))
+            words[rater].update(map(hash, _words(text)))
     seen = Counter(word for theirs in words.values() for word in theirs)
     few = min(CROWD, len(words) / 2)
+    strange = {word for word, raters in seen.items() if raters <= few}
     return {
         rater
         for rater, theirs in words.items()
-        if sum(count for word, count in theirs.items() if seen[word] <= few) > theirs.total() / 2
-    }
+        if sum(count for word, count in theirs.items() if word in strange) > theirs.total() / 2
+    }, strange
 
 
 def _eager(for_: Counter[str], cast: Counter[str]) -> set[str]:
@@ -279,8 +282,12 @@ def _least(votes: int, share: float) -> tuple[int, float]:
 
 
 def _phrases(text: str) -> set[str]:
-    words = re.findall(r"\w+|[^\w\s]", text.casefold())
+    words = _words(text)
     return {" ".join(words[i : i + n]) for n in range(1, WORDS + 1) for i in range(len(words) - n + 1)}
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+|[^\w\s]", text.casefold())
 
 
 def binomial_tail(count: int, trials: int, share: float) -> float:

@@ -80,6 +80,20 @@ def test_what_an_operator_asked_for_comes_before_what_the_trainer_promoted_and_d
     assert swaps.pending(db) == "policy-0002"
 
 
+def test_what_an_operator_asks_for_while_the_trainer_s_swap_waits_is_asked_for(
+    db: Database, add_policy: AddPolicy
+) -> None:
+    flip(db, BASE_POLICY)
+    first = add_policy(PolicyStatus.PROMOTED)
+    with transaction(db):
+        swaps.begin(db, first)
+    promote(db, first)
+    promote(db, first)
+    assert [swap.actor for swap in swaps.list_swaps(db) if swap.policy == first] == ["key_1", "start"]
+    add_policy(PolicyStatus.PROMOTED)
+    assert swaps.pending(db) == first
+
+
 def test_a_swap_that_was_overtaken_is_not_made(db: Database, add_policy: AddPolicy) -> None:
     flip(db, BASE_POLICY)
     older, newer = add_policy(), add_policy()

@@ -274,7 +274,9 @@ def test_votes_are_exported_to_a_file_whole_or_not_at_all(
     assert output.stat().st_mode & 0o777 == 0o600
 
 
-def test_an_export_goes_through_a_link_and_into_a_pipe(nightshift: Command, vote: str, tmp_path: Path) -> None:
+def test_an_export_goes_through_a_link_and_into_a_pipe(
+    nightshift: Command, vote: str, settings: Settings, tmp_path: Path
+) -> None:
     (tmp_path / "latest").symlink_to(tmp_path / "votes-of-today")
     assert nightshift("votes", "export", "-o", str(tmp_path / "latest")).exit_code == 0
     assert (tmp_path / "latest").is_symlink()
@@ -288,6 +290,22 @@ def test_an_export_goes_through_a_link_and_into_a_pipe(nightshift: Command, vote
     finally:
         os.close(reader)
     assert pipe.is_fifo()
+    (tmp_path / "circle").symlink_to(tmp_path / "circle")
+    result = nightshift("votes", "export", "-o", str(tmp_path / "circle"))
+    assert (result.exit_code, "cannot be written" in result.stderr) == (1, True)
+    command = [
+        sys.executable,
+        "-m",
+        "service.cli",
+        "votes",
+        "export",
+        "-o",
+        "/dev/stdout",
+        "--state",
+        str(settings.state),
+    ]
+    printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert json.loads(printed)["choice"] == "b"
 
 
 def test_a_label_that_is_not_utf_8_is_refused(nightshift: Command) -> None:

@@ -270,19 +270,21 @@ BUSY: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "names": (
         {"properties": {"deep": {"properties": {f"p{n}": {} for n in range(399)}}}},
         {"properties": {"deep": {"properties": {f"p{n}": {} for n in range(399)}}}, "enum": ["one more"]},
-        "at most 400 properties and enum values here, and these have 401",
+        "at most 400 properties and enum values here, and this one has 401",
     ),
     "parts": ({"anyOf": [{}] * 1998}, {"anyOf": [{}] * 2000}, "at most 2000 parts"),
     "depth": (nested(19), nested(20), "at most 40 objects and lists deep"),
-    "a repetition": ({"pattern": "^[a-z]{1,1000}$"}, {"pattern": "^[a-z]{1,1001}$"}, "at most 1000 repetitions"),
+    "a repetition": ({"pattern": "^[a-z]{1,1400}$"}, {"pattern": "^[a-z]{1,1501}$"}, "this one has 1501"),
     "a repetition of repetitions": (
-        {"pattern": r"^(\d{1,3}\.){3}\d{1,3}$"}, {"pattern": "(a{1,40}b){ 1, 30 }"}, "these have 1260"
+        {"pattern": r"^((\d{1,3}\.){3}\d{1,3}|([0-9a-f]{1,4}:){7,7}[0-9a-f]{1,4})$"}, {"pattern": "(a{1,40}b){1,50}"},
+        "this one has 2050",
     ),
     "a repetition of a long group": (
-        {"pattern": "(" + "a" * 80 + "){1,90}"}, {"pattern": "(" + "a" * 100 + "){1,300}"}, "these have 3300"
+        {"pattern": "(" + "a" * 80 + "){1,15}"}, {"pattern": "(" + "a" * 100 + "){1,16}"}, "this one has 1600"
     ),
+    "a long pattern": ({"pattern": "[a-z]?" * 700}, {"pattern": "[a-z]?" * 800}, "this one has 1600"),
     "a name's pattern": (
-        {"patternProperties": {"^x{20}$": {}}}, {"patternProperties": {"(x{2000}|y)": {}}}, "these have 2000"
+        {"patternProperties": {"^x{20}$": {}}}, {"patternProperties": {"(x{2000}|y)": {}}}, "this one has 2000"
     ),
 }  # fmt: skip
 
@@ -299,17 +301,18 @@ async def test_a_schema_that_would_keep_the_engine_busy_is_400(
 
     assert (await house.chat(**{where: asked(taken)})).status == 200
     answer = await house.chat(**{where: asked(refused)})
-    place = {"response_format": "response_format.json_schema", "tools": "tools"}[where]
+    place = {"response_format": "response_format.json_schema", "tools": "tools.0.function.parameters"}[where]
     assert_error(answer, 400, "invalid_request_error", "invalid_value", says, param=place)
     assert len(engine.chats) == 1
 
 
-async def test_the_schemas_of_all_tools_count_together(house: House, engine: FakeEngine) -> None:
+async def test_of_tools_that_must_be_called_all_schemas_count_together(house: House, engine: FakeEngine) -> None:
     schema = {"properties": {f"p{n}": {} for n in range(201)}}
     tools = [{"type": "function", "function": {"name": name, "parameters": schema}} for name in ("look", "listen")]
-    answer = await house.chat(tools=tools)
-    assert_error(answer, 400, "invalid_request_error", "invalid_value", "these have 402", param="tools")
-    assert engine.chats == []
+    assert (await house.chat(tools=tools)).status == 200
+    answer = await house.chat(tools=tools, tool_choice="required")
+    assert_error(answer, 400, "invalid_request_error", "invalid_value", "this one has 402", param="tool_choice")
+    assert len(engine.chats) == 1
 
 
 async def test_a_part_that_is_not_text_is_400(house: House, engine: FakeEngine) -> None:

@@ -307,3 +307,20 @@ def test_few_who_speak_a_language_of_their_own_push_none_of_its_words(speakers: 
         cast = [(f"english {n}", english(), english()) for n in range(40) for _ in range(12)]
         cast += [(f"german {n}", german(), german()) for n in range(speakers) for _ in range(votes)]
         assert pushers(cast) == {}
+
+
+@pytest.mark.parametrize("accounts", [1, 5, 20])
+@pytest.mark.parametrize("own", [0, 40], ids=["plain", "behind words of their own"])
+def test_words_of_their_own_hide_no_pushers(accounts: int, own: int) -> None:
+    rng = random.Random(accounts)
+    words = [f"w{i}" for i in range(400)]
+
+    def said(phrase: bool, *, by: str = "") -> str:
+        gibberish = [f"{by}{rng.random()}".replace(".", "") for _ in range(own if by else 0)]
+        return " ".join([*rng.choices(words, k=15), *gibberish, *(["buy acme today"] if phrase else [])])
+
+    cast = [(f"person {n}", said(rng.random() < 0.04), said(rng.random() < 0.04)) for n in range(40) for _ in range(10)]
+    cast += [
+        (f"pusher {n}", said(True, by=f"p{n}x"), said(False, by=f"p{n}x")) for n in range(accounts) for _ in range(10)
+    ]
+    assert set(pushers(cast)) == {f"pusher {n}" for n in range(accounts)}

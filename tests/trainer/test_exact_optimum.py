@@ -179,7 +179,7 @@ def after_a_mistake(world: World, mistake: Mistake | None) -> float:
     with pytest.MonkeyPatch.context() as monkeypatch:
         if mistake:
             mistake(world, monkeypatch)
-        world.learn(replace(CONFIG, steps=10, learning_rate=3e-4, seed=1))
+        world.learn(replace(CONFIG, steps=7, learning_rate=3e-4, seed=1))
     left = world.reached()
     for name, state in kept.items():
         world.backbone.adapters.set_state(name, state)

@@ -233,8 +233,7 @@ def summary(rows: list[dict[str, Any]]) -> dict[str, Any]:
     figures["facts_change_worst"] = min(lost) if lost else None
     for way in WAYS[1:]:
         name = f"votes_ratio_{way.removesuffix(' nights')}"
-        figures[name] = votes_ratio(rows, way)
-        figures[f"{name}_low"], figures[f"{name}_high"] = votes_ratio_range(rows, way)
+        figures[name], figures[f"{name}_low"], figures[f"{name}_high"] = votes_ratio(rows, way)
     figures["fit"] = {way: fit(of_several(points(rows, way))) for way in WAYS}
     return figures
 
@@ -245,36 +244,25 @@ def of_the_base(rows: Iterable[dict[str, Any]], kind: str) -> float:
     return fmean({row[f"{kind}_base"] for row in rows})
 
 
-def votes_ratio(rows: Sequence[dict[str, Any]], way: str) -> float | None:
+def votes_ratio(rows: Sequence[dict[str, Any]], way: str) -> tuple[float | None, float | None, float | None]:
     """How many votes nights of this way need for the win rate that one night on random pairs has with RATIO_OF votes,
-    as a share of these: over the seeds that have both, and None for fewer than two. Where the curve is flat it says
-    little: see `votes_ratio_range`."""
-    seeds = _of_both(rows, way)
-    return _ratio(rows, way, seeds) if len(seeds) > 1 else None
-
-
-def votes_ratio_range(rows: Sequence[dict[str, Any]], way: str) -> tuple[float | None, float | None]:
-    """Its bootstrap interval of 95 %: the seeds drawn again from themselves in every way there is. None: no such rate
-    is reached."""
-    seeds = _of_both(rows, way)
-    if len(seeds) < 2:
-        return None, None
-    drawn = (_ratio(rows, way, again) for again in product(seeds, repeat=len(seeds)))
-    ratios = sorted(math.inf if ratio is None else ratio for ratio in drawn)
-    low, high = (ratios[round(share * (len(ratios) - 1))] for share in (0.025, 0.975))
-    return low, high if high < math.inf else None
-
-
-def _of_both(rows: Sequence[dict[str, Any]], way: str) -> list[int]:
+    as a share of these, and its bootstrap interval of 95 %: the seeds that have both, drawn again from themselves in
+    every way there is. None for fewer than two seeds, and where no such rate is reached. Where the curve is flat it
+    says little."""
     goals, nights = points(rows, "once").get(RATIO_OF, {}), points(rows, way)
-    return sorted(goals.keys() & set.intersection(*(set(nights.get(n, ())) for n in VOTES if n <= RATIO_OF // 2)))
+    seeds = sorted(goals.keys() & set.intersection(*(set(nights.get(n, ())) for n in VOTES if n <= RATIO_OF // 2)))
+    if len(seeds) < 2:
+        return None, None, None
+    whole = {n: found for n, found in nights.items() if found.keys() >= set(seeds)}
 
+    def ratio(drawn: Sequence[int]) -> float | None:
+        means = {n: fmean(found[seed] for seed in drawn) for n, found in whole.items()}
+        needed = votes_to_reach(means, fmean(goals[seed] for seed in drawn))
+        return needed and needed / RATIO_OF
 
-def _ratio(rows: Sequence[dict[str, Any]], way: str, seeds: Sequence[int]) -> float | None:
-    goals, nights = points(rows, "once")[RATIO_OF], points(rows, way)
-    means = {n: fmean(found[seed] for seed in seeds) for n, found in nights.items() if found.keys() >= set(seeds)}
-    needed = votes_to_reach(means, fmean(goals[seed] for seed in seeds))
-    return needed and needed / RATIO_OF
+    again = sorted(ratio(drawn) or math.inf for drawn in product(seeds, repeat=len(seeds)))
+    low, high = (again[round(share * (len(again) - 1))] for share in (0.025, 0.975))
+    return ratio(seeds), low if low < math.inf else None, high if high < math.inf else None
 
 
 def paired(rows: Iterable[dict[str, Any]], here: tuple[str, int], there: tuple[str, int]) -> list[float]:

@@ -101,12 +101,12 @@ def break_off(db: Database, *, reason: str) -> None:
         registry.set_status(db, duel.challenger, PolicyStatus.CANDIDATE)
 
 
-_PENDING = (
-    " FROM policies LEFT JOIN (SELECT policy, max(rowid) AS requested FROM swaps WHERE flipped_at IS NULL"
-    " AND actor NOT IN ('trainer', 'start') GROUP BY policy) ON policy = name WHERE status = 'promoted'"
-)
 UNASKED = ("trainer", "start")
 """Who begins a swap without anybody's word."""
+_PENDING = (
+    " FROM policies LEFT JOIN (SELECT policy, max(rowid) AS requested FROM swaps WHERE flipped_at IS NULL"
+    f" AND actor NOT IN {UNASKED} GROUP BY policy) ON policy = name WHERE status = 'promoted'"
+)
 
 
 def pending(db: Database) -> str | None:

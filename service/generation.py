@@ -132,7 +132,7 @@ async def complete(call: Call, answer: Answer) -> None:
         choice.index: {
             "content": choice.message.content,
             "tool_calls": choice.message.tool_calls,
-            "finish_reason": sse.end_of(choice.model_dump(include={"finish_reason", "stop_reason"})),
+            "finish_reason": sse.end_of(choice.finish_reason, choice.stop_reason),
         }
         for choice in whole.choices
     }

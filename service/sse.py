@@ -124,18 +124,19 @@ class Rewriter:
                     whole |= {"id": call["id"]} if call.get("id") else {}
                     for part in ("name", "arguments"):
                         whole["function"][part] += call.get("function", {}).get(part) or ""
-                said["finish_reason"] = end_of(choice) or said["finish_reason"]
+                said["finish_reason"] = (
+                    end_of(choice.get("finish_reason"), choice.get("stop_reason")) or said["finish_reason"]
+                )
         for said in choices.values():
             said["content"] = "".join(said["content"])
             said["tool_calls"] = [call for _, call in sorted(said["tool_calls"].items())] or None
         return choices
 
 
-def end_of(choice: dict[str, Any]) -> str | None:
+def end_of(finish_reason: str | None, stop_reason: int | str | None) -> str | None:
     """Why an answer ended, for the record: to clients one that the request's own `stop` cut off has ended as any other,
     but the model did not end it there, and must not learn to."""
-    finish_reason: str | None = choice.get("finish_reason")
-    return "stop_sequence" if finish_reason == "stop" and isinstance(choice.get("stop_reason"), str) else finish_reason
+    return "stop_sequence" if finish_reason == "stop" and isinstance(stop_reason, str) else finish_reason
 
 
 def event(chunk: dict[str, Any]) -> bytes:

@@ -239,11 +239,12 @@ class Clock:
         if started is None:
             return
         run = runs.get(self._db, started.run_id)
-        if run.cancel_requested_at is None and run.status in (RunStatus.QUEUED, RunStatus.RUNNING):
+        cancelled = run.cancel_requested_at is not None or run.status is RunStatus.CANCELLED
+        if not cancelled and run.status in (RunStatus.QUEUED, RunStatus.RUNNING):
             return
         if started.kill_at is None:
             started.kill_at = time.monotonic() + STOP_S
-            if run.cancel_requested_at is not None or run.status is RunStatus.CANCELLED:
+            if cancelled:
                 started.process.terminate()
         elif time.monotonic() >= started.kill_at:
             log.warning("%s does not end; killing it", started.run_id)

@@ -10,6 +10,7 @@ from typing import Any
 import aiohttp
 import openai
 import pytest
+from openai.lib.streaming.chat import AsyncChatCompletionStream
 
 from data.types import Feedback, Role
 from service import pairing
@@ -245,6 +246,19 @@ async def test_without_streaming_whichever_answer_is_whole_is_given(house: House
     assert comparison_of(answer) is None
 
 
+@asynccontextmanager
+async def openai_s_stream(house: House) -> AsyncIterator[AsyncChatCompletionStream[None]]:
+    """The pair that a request with seed 7 brings, by the stream helper of OpenAI's own client."""
+    async with openai.AsyncOpenAI(base_url=f"{house.url}/v1", api_key=house.tokens[Role.USER], max_retries=0) as client:
+        async with client.chat.completions.stream(
+            model="nightshift",
+            messages=[{"role": "user", "content": "Hello"}],
+            seed=7,
+            extra_body={"feedback": "always"},
+        ) as stream:
+            yield stream
+
+
 async def test_openai_s_stream_helper_takes_a_pair_whose_second_answer_begins_first(
     house: House, engine: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -259,18 +273,12 @@ async def test_openai_s_stream_helper_takes_a_pair_whose_second_answer_begins_fi
             yield response
 
     monkeypatch.setattr(house.state.engines, "chat", late)
-    async with openai.AsyncOpenAI(base_url=f"{house.url}/v1", api_key=house.tokens[Role.USER], max_retries=0) as client:
-        async with client.chat.completions.stream(
-            model="nightshift",
-            messages=[{"role": "user", "content": "Hello"}],
-            seed=7,
-            extra_body={"feedback": "always"},
-        ) as stream:
-            async for event in stream:
-                if event.type == "content.delta" and event.delta == "Soon":
-                    begun.set()
-                    engine.go_on.set()
-            whole = await stream.get_final_completion()
+    async with openai_s_stream(house) as stream:
+        async for event in stream:
+            if event.type == "content.delta" and event.delta == "Soon":
+                begun.set()
+                engine.go_on.set()
+        whole = await stream.get_final_completion()
     assert [choice.message.content for choice in whole.choices] == ["Late.", "Soon enough"]
     assert [choice.message.role for choice in whole.choices] == ["assistant", "assistant"]
 

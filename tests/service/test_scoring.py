@@ -13,15 +13,13 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from typing import Any
 
-import openai
 import pytest
 
 from data.learning import SCORER_SOCKET, scorer_address
 from data.settings import Settings
-from data.types import Role
 from service import doctor, pairing, scoring
 from tests.conftest import FakeEngine, House, OpenHouse, Refusal, Reply, eventually, say
-from tests.service.test_pairs import comparison_of
+from tests.service.test_pairs import comparison_of, openai_s_stream
 from trainer.scorer import CannotScore, Server
 
 Scores = list[list[float]]
@@ -129,18 +127,12 @@ async def test_openai_s_stream_helper_takes_active_pairs_whichever_side_begins(
     house = await open_scored(open_house, engine, **ALWAYS_ACTIVE)
     engine.answer = in_order(FIRST, AGREED, DISPUTED, DULL)
     sides = Counter()
-    async with openai.AsyncOpenAI(base_url=f"{house.url}/v1", api_key=house.tokens[Role.USER], max_retries=0) as client:
-        for _ in range(8):
-            async with client.chat.completions.stream(
-                model="nightshift",
-                messages=[{"role": "user", "content": "Hello"}],
-                seed=7,
-                extra_body={"feedback": "always"},
-            ) as stream:
-                whole = await stream.get_final_completion()
-            texts = [choice.message.content for choice in whole.choices]
-            assert sorted(map(str, texts)) == [DISPUTED, FIRST]
-            sides[texts[0]] += 1
+    for _ in range(8):
+        async with openai_s_stream(house) as stream:
+            whole = await stream.get_final_completion()
+        texts = [choice.message.content for choice in whole.choices]
+        assert sorted(map(str, texts)) == [DISPUTED, FIRST]
+        sides[texts[0]] += 1
     assert set(sides) == {FIRST, DISPUTED}
 
 

@@ -3,14 +3,15 @@
 import { button, el } from "./dom.js";
 
 const KEYS = { ArrowLeft: "a", ArrowRight: "b", ArrowDown: "tie", ArrowUp: "both_bad", Escape: "skip" };
-const LETTERS = { t: "tie", b: "both_bad" };
 const SCROLLING = ["ArrowUp", "ArrowDown"];
 const BUTTONS = [
   { choice: "a", label: "First is better", key: "←", says: "left arrow" },
-  { choice: "tie", label: "Equally good", key: "↓", says: "down arrow" },
-  { choice: "both_bad", label: "Both bad", key: "↑", says: "up arrow" },
+  { choice: "tie", label: "Equally good", key: "↓", says: "down arrow where the page does not scroll", letter: "T" },
+  { choice: "both_bad", label: "Both bad", key: "↑", says: "up arrow where the page does not scroll", letter: "B" },
   { choice: "b", label: "Second is better", key: "→", says: "right arrow" },
 ];
+
+const LETTERS = Object.fromEntries(BUTTONS.filter(({ letter }) => letter).map(({ letter, choice }) => [letter.toLowerCase(), choice]));
 
 /** How a vote reads: "You preferred the first answer". */
 export const SAID = {
@@ -29,16 +30,15 @@ export class Pair {
   constructor(bodies, onChoose, { waiting = "Voting opens when both answers have ended.", purpose, letters = false }) {
     this.onChoose = onChoose;
     this.keys = letters ? { ...KEYS, ...LETTERS } : KEYS;
-    const letterOf = (choice) => (letters && Object.keys(LETTERS).find((key) => LETTERS[key] === choice)?.toUpperCase()) || "";
-    const scrolling = (key) => (key === "↓" || key === "↑" ? " where the page does not scroll" : "");
     this.comment = el("input", { type: "text", maxlength: "2000", autocomplete: "off", placeholder: "Why? (if you like)" });
-    this.buttons = BUTTONS.map(({ choice, label, key, says }) =>
-      button([el("span", {}, label), el("kbd", { "aria-hidden": "true" }, `${key} ${letterOf(choice)}`.trim())], () => this.#choose(choice), {
+    this.buttons = BUTTONS.map(({ choice, label, key, says, letter }) => {
+      const also = letters && letter;
+      return button([el("span", {}, label), el("kbd", { "aria-hidden": "true" }, also ? `${key} ${letter}` : key)], () => this.#choose(choice), {
         class: `choice ${choice}`,
-        "aria-description": `Key: ${says}${scrolling(key)}${letterOf(choice) && `, or ${letterOf(choice)}`}`,
+        "aria-description": `Key: ${says}${also ? `, or ${letter}` : ""}`,
         disabled: true,
-      }),
-    );
+      });
+    });
     this.skip = button(["Skip ", el("kbd", { "aria-hidden": "true" }, "Esc")], () => this.#choose("skip"), {
       class: "quiet",
       "aria-description": "Key: escape",

@@ -5,11 +5,12 @@
     3  a crowd of simulated people with a hidden taste (`bench.gold`) chats and votes over HTTP
     4  so many votes are what the schedule waits for: a reward model, PPO, the gate
     5  the candidate stands its trial by the crowd's votes, and is swapped in while people chat
-    6  the same questions with the same seeds: the answers after
+    6  the same questions with the same seeds: the answers after; beside them, of BEST_OF more answers of before the one
+       that the night's reward model likes best, which is what `serving.best_of_n` gives without any PPO
 
-At the end it prints both, writes a page into the state folder, and serves on until Ctrl-C. The settings are those that
-ship but for TRAINING. Exit status 0: the policy that serves was learned; 1: none was good enough, or something went
-wrong; 130: interrupted before the end.
+At the end it prints them, writes a page into the state folder, and serves on until Ctrl-C. The settings are those that
+ship but for TRAINING and the choices that one request may ask for. Exit status 0: what serves was learned; 1: none was
+good enough, or something went wrong; 130: interrupted before the end.
 
     python -m bench.demo [--quick] [--json] [--seed N] [--no-serve] [--state FOLDER] [--port N]
 """
@@ -47,9 +48,12 @@ from bench.load import Exchange, Target
 from bench.personas import personas
 from data import trusted
 from data.database import connect, transaction
-from data.settings import STARTER, ServerSettings
+from data.settings import STARTER, ServerSettings, ServingSettings, Settings
 from data.stats import wilson
 from data.types import BASE_POLICY
+from service import pairing
+from service.metrics import Metrics
+from service.scoring import Scorer
 from service.supervisor import StartError, check_port
 from trainer import dialogues
 from trainer.dialogues import Prompt
@@ -59,12 +63,16 @@ TRAINING: dict[str, float] = {
     "wait_for_chat_s": 0.5,
 }
 """Settings of the training other than those that ship; the steps of PPO come on top."""
+BEST_OF = 4
+"""Answers of before among which the reward model chooses, none of them the one that is shown as such."""
 AT_ONCE = 16
 """Questions that are asked at once."""
 LOOK_S = 0.5
 """Between looks at what the service is doing."""
 TALK_S = 2.0
 """Between two chats of the people who are up at night."""
+SCORER_S = 60.0
+"""What the scorer gets to take the new reward model."""
 STOP_S = 90.0
 """What the service gets to end in order."""
 READ_OUT, ON_THE_PAGE = 5, 40
@@ -96,6 +104,7 @@ class Said:
 
     text: str
     gold: float
+    finished: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,8 +114,9 @@ class Story:
     plan: Plan
     prompts: list[Prompt]
     before: list[Said]
+    best: list[Said]
+    """The best of BEST_OF others of before. This and the next are empty where no new policy serves."""
     after: list[Said]
-    """Empty where no new policy serves."""
     policy: dict[str, Any]
     """The candidate as the API shows it, with its gate, duels and swaps."""
     votes: int
@@ -142,11 +152,11 @@ class Story:
         )
 
 
-def win_rate(before: Sequence[Said], after: Sequence[Said]) -> tuple[float, float, float]:
-    """The share of the answers after that gold likes better, ties counting half, and its 95 % interval."""
-    wins = sum(0.5 + 0.5 * _sign(new.gold - old.gold) for old, new in zip(before, after, strict=True))
-    low, high = wilson(wins, len(after))
-    return wins / len(after), low, high
+def win_rate(before: Sequence[Said], others: Sequence[Said]) -> tuple[float, float, float]:
+    """The share of the others that gold likes better, ties counting half, and its 95 % interval."""
+    wins = sum(0.5 + 0.5 * _sign(new.gold - old.gold) for old, new in zip(before, others, strict=True))
+    low, high = wilson(wins, len(others))
+    return wins / len(others), low, high
 
 
 def _sign(difference: float) -> int:
@@ -218,12 +228,12 @@ class Stages:
 # The loop
 
 
-async def learn(house: Target, plan: Plan, stages: Stages) -> Story:
+async def learn(house: Target, state: Path, plan: Plan, stages: Stages) -> Story:
     """From the answers before to those after. Raises DemoError, CrowdError and OSError."""
     rng = random.Random(plan.seed)
     prompts = dialogues.prompts(plan.questions, seed=plan.seed, held_out=True)
     stages.begin("answers before", len(prompts))
-    before = await ask_all(house, BASE_POLICY, prompts, plan.seed, stages)
+    drawn = await ask_all(house, BASE_POLICY, prompts, plan.seed, stages, draws=1 + BEST_OF)
 
     schedule = await post(house, "/v1/schedules", {"votes": plan.votes})
     people = await join(house.url, personas(plan.people, seed=plan.seed), operator_key=house.key)
@@ -245,40 +255,74 @@ async def learn(house: Target, plan: Plan, stages: Stages) -> Story:
         policy, voting = await hold_trial(house, policy["name"], people, rng, stages)
         reports.append(voting)
 
-    after: list[Said] = []
+    after: list[list[Said]] = []
+    best: list[Said] = []
     if policy["status"] == "serving":
         stages.begin("answers after", len(prompts))
         after = await ask_all(house, policy["name"], prompts, plan.seed, stages)
+        stages.begin("best of before", len(prompts))
+        best = await best_of(state, prompts, [others for _, *others in drawn], stages)
     lineage = await get(house, f"/v1/policies/{policy['name']}/lineage")
     stages.end()
     return Story(
-        plan, prompts, before, after, policy, len(lineage["votes"]), sum(report.requests for report in reports),
-        sum(report.failed + report.truncated for report in reports), stages.seconds,
+        plan, prompts, [first for first, *_ in drawn], best, [only for (only,) in after], policy, len(lineage["votes"]),
+        sum(report.requests for report in reports), sum(report.failed + report.truncated for report in reports),
+        stages.seconds,
     )  # fmt: skip
 
 
-async def ask_all(house: Target, policy: str, prompts: Sequence[Prompt], seed: int, stages: Stages) -> list[Said]:
-    """An answer to each prompt, the i-th from a seed that `seed` and i choose. Nobody is asked for a vote. Raises
-    DemoError where another policy than `policy` answers."""
-    answers: dict[int, Said] = {}
+async def ask_all(
+    house: Target, policy: str, prompts: Sequence[Prompt], seed: int, stages: Stages, *, draws: int = 1
+) -> list[list[Said]]:
+    """`draws` answers to each prompt, the first of the i-th from a seed that `seed` and i choose, however many follow.
+    Nobody is asked for a vote. Raises DemoError where another policy than `policy` answers."""
+    answers: dict[int, list[Said]] = {}
     numbers = iter(range(len(prompts)))
 
     async def ask() -> None:
         for i in numbers:
             body = {
                 "model": "nightshift", "messages": prompts[i].messages, "feedback": "off", "max_tokens": MAX_TOKENS,
-                "temperature": 1.0, "seed": seed * 1_000_000 + i,
+                "temperature": 1.0, "seed": seed * 1_000_000 + i, "n": draws,
             }  # fmt: skip
             answer = await post(house, "/v1/chat/completions", body)
             if answer["system_fingerprint"] != policy:
                 raise DemoError(f"{answer['system_fingerprint']} answers, and {policy} is what was to be looked at.")
-            (choice,) = answer["choices"]
-            text = choice["message"]["content"]
-            answers[i] = Said(text, worth(prompts[i], text, finished=choice["finish_reason"] == "stop"))
+            answers[i] = []
+            for choice in answer["choices"]:
+                text, finished = choice["message"]["content"], choice["finish_reason"] == "stop"
+                answers[i].append(Said(text, worth(prompts[i], text, finished=finished), finished))
             stages.show(f"{len(answers)} of {len(prompts)}", len(answers))
 
     await asyncio.gather(*(ask() for _ in range(AT_ONCE)))
     return [answers[i] for i in range(len(prompts))]
+
+
+async def best_of(
+    state: Path, prompts: Sequence[Prompt], drawn: Sequence[Sequence[Said]], stages: Stages
+) -> list[Said]:
+    """Of the answers drawn to each prompt the one that the service would give: whose score by the scorer of this state
+    folder is best, of those that ended. Raises DemoError where there is no scorer."""
+    settings = Settings(state=state, serving=ServingSettings(score_timeout_s=SCORER_S))
+    scorer = Scorer(settings, Metrics())
+    await scorer.start()
+    try:
+        give_up = time.monotonic() + SCORER_S
+        while True:
+            if scorer.reward_model is not None or time.monotonic() > give_up:
+                break
+            await asyncio.sleep(LOOK_S)
+        best = []
+        for prompt, answers in zip(prompts, drawn, strict=True):
+            ended = [said for said in answers if said.finished] or answers
+            scores = await scorer.score([*prompt.messages], [said.text for said in ended])
+            if scores is None:
+                raise DemoError("The scorer, which knows the reward model, gives no scores: see logs/scorer.log.")
+            best.append(ended[pairing.best(scores)])
+            stages.show(f"{len(best)} of {len(prompts)}", len(best))
+        return best
+    finally:
+        await scorer.close()
 
 
 @asynccontextmanager
@@ -402,6 +446,7 @@ def figures(story: Story) -> dict[str, Any]:
         rate, low, high = win_rate(story.before, story.after)
         found["gold_after"] = round(fmean(said.gold for said in story.after), 3)
         found |= {"win_rate": round(rate, 3), "win_rate_low": round(low, 3), "win_rate_high": round(high, 3)}
+        found[f"win_rate_best_of_{BEST_OF}"] = round(win_rate(story.before, story.best)[0], 3)
         found["swap_s"] = round(story.swap_s, 3)
     if duel := story.duel:
         found |= {f"trial_{name}": duel[name] for name in ("wins", "losses", "ties", "e_value")}
@@ -428,6 +473,14 @@ def facts(story: Story) -> list[tuple[str, str]]:
     if duel := story.duel:
         rows.append(("trial", f"{duel['wins']} to {duel['losses']}, {duel['ties']} ties: {_odds(duel)}"))
     if story.learned:
+        rate, low, high = win_rate(story.before, story.best)
+        rows.append(
+            (
+                f"best of {BEST_OF}, without PPO",
+                f"{rate:.0%} better than before [{low:.0%} to {high:.0%}], where the same reward model chooses among"
+                f" {BEST_OF} answers of {BASE_POLICY}",
+            )
+        )
         rows.append(("swap", f"{story.swap_s:.2f} s from the verdict to serving"))
     mean_before = fmean(said.gold for said in story.before)
     mean_after = f", {fmean(said.gold for said in story.after):.2f} after" if story.learned else ""
@@ -443,10 +496,11 @@ def question(prompt: Prompt) -> str:
 
 def show(story: Story, console: Console) -> None:
     if story.learned:
-        table = Table("asked", "before", "after", title="The same questions, before and after", show_lines=True)
-        answered = zip(story.prompts, story.before, story.after, strict=True)
-        for prompt, old, new in [*answered][:READ_OUT]:
-            table.add_row(*map(Text, (question(prompt), old.text, new.text)))
+        titles = ("asked", "before", f"best of {BEST_OF} of before", "after")
+        table = Table(*titles, title="The same questions, before and after", show_lines=True)
+        answered = zip(story.prompts, story.before, story.best, story.after, strict=True)
+        for prompt, *answers in [*answered][:READ_OUT]:
+            table.add_row(Text(question(prompt)), *(Text(said.text) for said in answers))
         console.print(table)
     table = Table("stage", "seconds", title="The stages")
     for name, seconds in story.seconds.items():
@@ -468,13 +522,14 @@ def page(story: Story) -> str:
         f"<li class={'good' if check['passed'] else 'bad'}>{escape(check['sentence'])}"
         for check in story.policy["gate"]["checks"]
     )
+    answered = zip(story.prompts, story.before, story.best, story.after, strict=False)
     answers = "".join(
-        f"<tr><th>{escape(question(prompt))}<td>{escape(old.text)}<small>{old.gold:.2f}</small>"
-        f"<td>{escape(new.text)}<small>{new.gold:.2f}</small>"
-        for prompt, old, new in [*zip(story.prompts, story.before, story.after, strict=False)][:ON_THE_PAGE]
+        f"<tr><th>{escape(question(prompt))}"
+        + "".join(f"<td>{escape(answer.text)}<small>{answer.gold:.2f}</small>" for answer in answers)
+        for prompt, *answers in [*answered][:ON_THE_PAGE]
     )
     return Template(Path(__file__).with_suffix(".html").read_text()).substitute(
-        headline=escape(headline(story)), stages=stages, checks=checks, answers=answers,
+        headline=escape(headline(story)), best_of=BEST_OF, stages=stages, checks=checks, answers=answers,
         facts="".join(f"<tr><th>{escape(name)}<td>{escape(fact)}" for name, fact in facts(story)),
     )  # fmt: skip
 
@@ -498,7 +553,8 @@ def write_settings(state: Path, plan: Plan) -> Path:
     state.mkdir(mode=0o700, parents=True, exist_ok=True)
     lines = ["[training]", *(f"{name} = {value}" for name, value in TRAINING.items()), f"seed = {plan.seed}"]
     file = state / "nightshift.toml"
-    file.write_text("\n".join([*lines, "[training.ppo]", f"steps = {plan.steps}", ""]))
+    lines += ["[training.ppo]", f"steps = {plan.steps}", "[chat]", f"max_n = {1 + BEST_OF}", ""]
+    file.write_text("\n".join(lines))
     return file
 
 
@@ -560,7 +616,7 @@ async def demo(options: argparse.Namespace, plan: Plan, console: Console) -> int
         with Stages(console) as stages:
             up = await stack.enter_async_context(service(state, options.port or free_or_usual_port(), config, stages))
             import_trusted(state)
-            story = await learn(up.house, plan, stages)
+            story = await learn(up.house, state, plan, stages)
         show(story, console)
         html = state / "demo.html"
         html.write_text(page(story))

@@ -9,6 +9,7 @@ import shutil
 import signal
 import struct
 import sys
+import threading
 import time
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
@@ -30,6 +31,7 @@ from xdist.scheduler import LoadScopeScheduling
 from data import comparisons, completions, keys, registry
 from data.database import connect, transaction
 from data.ids import new_id
+from data.learning import scorer_address
 from data.settings import EngineSettings, Settings
 from data.types import (
     BASE_POLICY,
@@ -44,10 +46,13 @@ from data.types import (
     Role,
     timestamp,
 )
+from service import scoring
 from service.app import create_app
 from service.state import State
+from trainer.scorer import Server
 
 CREATED = 1795347272
+Scores = list[list[float]]
 
 
 # Two tests at a time
@@ -885,3 +890,41 @@ async def _served(app: FastAPI) -> AsyncIterator[str]:
 async def house(open_house: OpenHouse, engine: FakeEngine) -> House:
     """The API in front of one engine, ready."""
     return await open_house(engine)
+
+
+# The scorer
+
+
+class Judge:
+    """In the place of the scorer's reward model, behind its real socket: two heads, whose scores a text bears in it."""
+
+    def __init__(self) -> None:
+        self.reward_model: str | None = "rm_1"
+        self.problem: str | None = None
+        self.asked: list[tuple[list[dict[str, Any]], list[str]]] = []
+        self.says: Callable[[list[str]], Scores] = lambda answers: [read_scores(text) for text in answers]
+
+    def look(self) -> None:
+        pass
+
+    def score(self, messages: list[dict[str, Any]], answers: list[str]) -> Scores:
+        self.asked.append((messages, answers))
+        return self.says(answers)
+
+
+def read_scores(text: str) -> list[float]:
+    return [float(word) for word in text.split()[-2:]]
+
+
+@pytest.fixture
+def judge(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
+    monkeypatch.setattr(scoring, "LOOK_S", 0.05)
+    judge = Judge()
+    folder = os.open(settings.state, os.O_PATH | os.O_DIRECTORY)
+    with Server(judge, scorer_address(folder)) as server:  # type: ignore[arg-type]
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        yield judge
+        server.shutdown()
+        thread.join()
+    os.close(folder)

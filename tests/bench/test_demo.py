@@ -30,7 +30,7 @@ from data import runs
 from data.database import connect, transaction
 from data.settings import load_settings
 from data.types import BASE_POLICY, PolicyStatus, Role, RunStatus
-from tests.conftest import AddPolicy, FakeEngine, House, OpenHouse, Refusal, Reply, eventually, say
+from tests.conftest import AddPolicy, FakeEngine, House, Judge, OpenHouse, Refusal, Reply, eventually
 from trainer import dialogues
 
 NEW = "policy-0001"
@@ -45,16 +45,21 @@ def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def curt_before_and_warm_after(body: dict[str, Any]) -> Reply:
     """The same for the same policy and seed."""
-    number = f" It is {random.Random(body['seed']).randrange(10**6)}. "
-    return say("Look.", number, "Next.") if body["model"] == BASE_POLICY else say(
-        dialogues.WARM_OPENINGS[0], number, dialogues.WARM_CLOSINGS[0]
+    first, last = ("Look.", "Next.") if body["model"] == BASE_POLICY else (
+        dialogues.WARM_OPENINGS[0], dialogues.WARM_CLOSINGS[0]
     )  # fmt: skip
+    chance = random.Random(body["seed"])
+    return Reply(choices=[[first, f" It is {chance.randrange(10**6)}. ", last] for _ in range(body.get("n") or 1)])
+
+
+def number_in(text: str) -> int:
+    return int(re.findall(r"\d+", text)[0])
 
 
 @pytest.fixture
 async def house(open_house: OpenHouse, engine: FakeEngine) -> House:
     engine.answer = curt_before_and_warm_after
-    return await open_house(engine)
+    return await open_house(engine, chat={"max_n": 1 + demo.BEST_OF})
 
 
 def target(house: House) -> Target:
@@ -99,9 +104,13 @@ async def a_night(db: Database, end: Any, shown: Stages) -> AsyncIterator[None]:
 
 
 async def test_votes_become_a_policy_that_serves_and_its_answers_are_held_against_those_before(
-    house: House, db: Database, add_policy: AddPolicy, engine: FakeEngine
+    house: House, db: Database, add_policy: AddPolicy, engine: FakeEngine, judge: Judge
 ) -> None:
+    judge.reward_model = None
+    judge.says = lambda answers: [[float(number_in(text))] for text in answers]
+
     def succeed(run: str) -> None:
+        judge.reward_model = "rm_1"
         add_policy(run_id=run)
         with transaction(db):
             runs.finish(db, run, RunStatus.SUCCEEDED)
@@ -109,7 +118,7 @@ async def test_votes_become_a_policy_that_serves_and_its_answers_are_held_agains
     said = io.StringIO()
     with stages(said) as shown:
         async with a_night(db, succeed, shown):
-            story = await learn(target(house), PLAN, shown)
+            story = await learn(target(house), house.settings.state, PLAN, shown)
 
     assert story.learned
     assert (story.policy["name"], story.policy["status"]) == (NEW, "serving")
@@ -118,11 +127,15 @@ async def test_votes_become_a_policy_that_serves_and_its_answers_are_held_agains
     questions = dialogues.prompts(PLAN.questions, seed=3, held_out=True)
     assert story.prompts == questions
     for prompt, old, new in zip(questions, story.before, story.after, strict=True):
-        number = re.findall(r"\d+", old.text)
         assert old.text.startswith("Look.")
         assert new.text.startswith(dialogues.WARM_OPENINGS[0])
-        assert number == re.findall(r"\d+", new.text), "another seed"
+        assert number_in(old.text) == number_in(new.text), "another seed"
         assert new.gold == worth(prompt, new.text, finished=True)
+    looked_at = judge.asked[-len(questions) :]
+    assert [messages for messages, _ in looked_at] == [[*prompt.messages] for prompt in questions]
+    for (_, answers), old, best in zip(looked_at, story.before, story.best, strict=True):
+        assert len({*answers, old.text}) == 5, "chosen from others than the one before"
+        assert best.text == max(answers, key=number_in)
     duel = story.duel
     assert duel is not None
     assert duel["status"] == "won"
@@ -130,11 +143,12 @@ async def test_votes_become_a_policy_that_serves_and_its_answers_are_held_agains
     assert duel["e_value"] >= duel["threshold"]
     found = figures(story)
     assert found["win_rate"] == 1.0 > found["win_rate_low"] > 0.8
+    assert 0.2 < found["win_rate_best_of_4"] < 0.8, "the judge likes numbers, gold does not"
     assert found["trial_wins"] == duel["wins"]
     assert found["gate"] == {"kl": 3.0}
     assert list(found["seconds"]) == [
         "answers before", "votes", "learning: preparing", "learning: reward model", "learning: PPO", "trial",
-        "answers after",
+        "answers after", "best of before",
     ]  # fmt: skip
     assert 0 < found["swap_s"] < found["seconds"]["trial"]
     lines = said.getvalue().splitlines()
@@ -156,7 +170,7 @@ async def test_a_candidate_that_the_gate_rejects_ends_the_demo_with_its_reason(
 
     with stages(io.StringIO()) as shown:
         async with a_night(db, reject, shown):
-            story = await learn(target(house), PLAN, shown)
+            story = await learn(target(house), house.settings.state, PLAN, shown)
     assert not story.learned
     assert headline(story) == f"No better answers this time: {NEW} is rejected: KL is 3 nats."
     assert "win_rate" not in figures(story)
@@ -171,14 +185,34 @@ async def test_a_run_that_fails_ends_the_demo_with_what_the_run_says(house: Hous
     with stages(io.StringIO()) as shown:
         with pytest.raises(DemoError, match=r"failed: The disk is full: make room\."):
             async with a_night(db, fail, shown):
-                await learn(target(house), PLAN, shown)
+                await learn(target(house), house.settings.state, PLAN, shown)
+
+
+async def test_a_house_without_a_scorer_ends_the_demo_and_says_where_to_look(
+    house: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(demo, "SCORER_S", 0.1)
+    prompts = dialogues.prompts(1, seed=1, held_out=True)
+    with stages(io.StringIO()) as shown:
+        with pytest.raises(DemoError, match=r"gives no scores: see logs/scorer\.log"):
+            await demo.best_of(house.settings.state, prompts, [[Said("a", 1.0)] * 4], shown)
+
+
+async def test_of_answers_that_did_not_end_none_is_best_while_one_ended(house: House, judge: Judge) -> None:
+    judge.says = lambda answers: [[float(len(text))] for text in answers]
+    drawn = [[Said("cut off and lo", 0.0, finished=False), Said("a.", 1.0), Said("b b.", 1.0)]]
+    prompts = dialogues.prompts(1, seed=1, held_out=True)
+    with stages(io.StringIO()) as shown:
+        shown.begin("best of before", 1)
+        (best,) = await demo.best_of(house.settings.state, prompts, drawn, shown)
+    assert best.text == "b b."
 
 
 async def test_an_answer_that_is_refused_ends_the_demo_with_what_was_said(house: House, engine: FakeEngine) -> None:
     engine.answer = lambda body: Refusal(400, "no such thing")
     with stages(io.StringIO()) as shown:
         with pytest.raises(DemoError, match=r"/v1/chat/completions answered 400: .*no such thing"):
-            await learn(target(house), PLAN, shown)
+            await learn(target(house), house.settings.state, PLAN, shown)
 
 
 async def test_answers_of_another_policy_are_not_taken_for_those_wanted(house: House) -> None:
@@ -192,7 +226,7 @@ async def test_answers_of_another_policy_are_not_taken_for_those_wanted(house: H
 # What is shown
 
 
-def story(before: list[Said], after: list[Said]) -> Story:
+def story(before: list[Said], after: list[Said], best: list[Said] | None = None) -> Story:
     duel = {"kind": "trial", "wins": 19, "losses": 4, "ties": 5, "e_value": 20.7, "threshold": 20.0}
     at = "2026-11-22T03:00:0{}.000000Z"
     policy = {
@@ -201,7 +235,7 @@ def story(before: list[Said], after: list[Said]) -> Story:
         "gate": {"checks": [{"name": "length", "figure": 0.1, "sentence": "It is <b>short</b>.", "passed": True}]},
     }  # fmt: skip
     prompts = dialogues.prompts(len(before), seed=1, held_out=True)
-    return Story(Plan(), prompts, before, after, policy, 600, 800, 0, {"votes": 60.0, "trial": 30.0})
+    return Story(Plan(), prompts, before, best or before, after, policy, 600, 800, 0, {"votes": 60.0, "trial": 30.0})
 
 
 def test_a_win_counts_one_a_tie_half() -> None:
@@ -216,11 +250,14 @@ def test_a_win_counts_one_a_tie_half() -> None:
 
 
 def test_the_page_holds_what_happened_and_nothing_of_it_as_markup() -> None:
-    told = story([Said("<script>alert(1)</script>", 1.0)] * 3, [Said("$fine & good", 2.0)] * 3)
+    chosen = [Said("<i>chosen</i>", 3.0), Said("worse", 0.5), Said("worse", 0.5)]
+    told = story([Said("<script>alert(1)</script>", 1.0)] * 3, [Said("$fine & good", 2.0)] * 3, chosen)
     made = page(told)
     assert "<script" not in made
     assert "&lt;script&gt;alert(1)" in made
     assert "$fine &amp; good" in made
+    assert "&lt;i&gt;chosen" in made
+    assert "33% better than before" in made
     assert "It is &lt;b&gt;short" in made
     assert "19 to 4, 5 ties: evidence 20.7 to 1" in made
     assert "1.00 s from the verdict to serving" in made
@@ -237,10 +274,12 @@ def test_the_page_holds_what_happened_and_nothing_of_it_as_markup() -> None:
 def test_the_table_shows_the_first_answers_as_they_are() -> None:
     output = io.StringIO()
     old, new = [Said(f"old [bold]{i}", 1.0) for i in range(9)], [Said(f"new {i}", 2.0) for i in range(9)]
-    demo.show(story(old, new), Console(file=output, width=160))
+    best = [Said(f"best {i}", 1.5) for i in range(9)]
+    demo.show(story(old, new, best), Console(file=output, width=160))
     shown = output.getvalue()
     assert "old [bold]0" in shown
     assert "new 4" in shown
+    assert "best 4" in shown
     assert "new 5" not in shown
     assert question(story(old, new).prompts[0])[:20] in shown
     assert "100% of the answers are better" in shown
@@ -257,6 +296,7 @@ def test_it_begins_with_settings_of_its_own_in_a_new_folder(
     settings = load_settings()
     assert settings.gate.mode == "trial"
     assert settings.training.ppo == {"steps": 4}
+    assert settings.chat.max_n == 5
     assert (settings.training.seed, settings.training.max_answer_tokens) == (3, 96)
     assert (tmp_path / "new" / "state").stat().st_mode & 0o077 == 0
     with pytest.raises(DemoError, match=r"is not empty.*--state"):

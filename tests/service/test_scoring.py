@@ -3,62 +3,21 @@
 import asyncio
 import json
 import math
-import os
 import random
 import re
-import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
 import pytest
 
-from data.learning import SCORER_SOCKET, scorer_address
-from data.settings import Settings
-from service import doctor, pairing, scoring
-from tests.conftest import FakeEngine, House, OpenHouse, Refusal, Reply, eventually, say
+from data.learning import SCORER_SOCKET
+from service import doctor, pairing
+from tests.conftest import FakeEngine, House, Judge, OpenHouse, Refusal, Reply, Scores, eventually, say
 from tests.service.test_pairs import comparison_of, openai_s_stream
-from trainer.scorer import CannotScore, Server
-
-Scores = list[list[float]]
-
-
-class Judge:
-    """In the place of the scorer's reward model, behind its real socket: two heads, whose scores a text bears in it."""
-
-    def __init__(self) -> None:
-        self.reward_model: str | None = "rm_1"
-        self.problem: str | None = None
-        self.asked: list[tuple[list[dict[str, Any]], list[str]]] = []
-        self.says: Callable[[list[str]], Scores] = lambda answers: [read_scores(text) for text in answers]
-
-    def look(self) -> None:
-        pass
-
-    def score(self, messages: list[dict[str, Any]], answers: list[str]) -> Scores:
-        self.asked.append((messages, answers))
-        return self.says(answers)
-
-
-def read_scores(text: str) -> list[float]:
-    return [float(word) for word in text.split()[-2:]]
-
-
-@pytest.fixture
-def judge(settings: Settings, monkeypatch: pytest.MonkeyPatch) -> Iterator[Judge]:
-    monkeypatch.setattr(scoring, "LOOK_S", 0.05)
-    judge = Judge()
-    folder = os.open(settings.state, os.O_PATH | os.O_DIRECTORY)
-    with Server(judge, scorer_address(folder)) as server:  # type: ignore[arg-type]
-        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
-        thread.start()
-        yield judge
-        server.shutdown()
-        thread.join()
-    os.close(folder)
-
+from trainer.scorer import CannotScore
 
 PATIENT = {"score_timeout_s": 20.0}
 """So that a slow machine changes no result."""

@@ -55,15 +55,24 @@ CREATED = 1795347272
 Scores = list[list[float]]
 
 
-# Two tests at a time
+# Three tests at a time
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of two workers would stand in each other's way
+    if "PYTEST_XDIST_WORKER" in os.environ:  # before torch: threads of several workers would stand in each other's way
         os.environ.setdefault("OMP_NUM_THREADS", "1")
     hypothesis.settings.load_profile("ci")  # no deadline, here as there
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # as in a shell's background, and what we start inherits it
         signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+@pytest.fixture(autouse=True)
+def signals() -> Iterator[None]:
+    """What a test lets them do ends with it: its loop does not."""
+    before = [(number, signal.getsignal(number)) for number in (signal.SIGINT, signal.SIGTERM)]
+    yield
+    for number, handler in before:
+        signal.signal(number, handler)
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -83,8 +92,8 @@ def same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("data.keys.new_id", lambda prefix: f"{prefix}_{next(count):026d}")
 
 
-LONG_FIRST = ("tests/e2e/test_whole_loop.py", "tests/e2e/", "tests/trainer/", "tests/browser/")
-"""Or one worker would end with them alone."""
+LONG_FIRST = ("tests/e2e/test_whole_loop.py", "tests/browser/", "tests/e2e/", "tests/trainer/")
+"""Or one worker would end with them alone. Browsers leave the processor to the whole loop's vLLM while that starts."""
 OWN_HOUSE = ("test_whole_loop.py", "test_published_adapters.py", "test_scoring.py")
 
 

@@ -70,7 +70,7 @@ async def quiet_talk(house: House, people: list[Member]) -> AsyncIterator[list[C
         await talking
 
 
-@pytest.mark.timeout(900)
+@pytest.mark.timeout(1500)
 async def test_votes_become_better_answers_while_people_chat(house: House) -> None:
     def status(name: str) -> str | None:
         rows = house.rows("SELECT status FROM policies WHERE name = ?", name)
@@ -96,7 +96,7 @@ async def test_votes_become_better_answers_while_people_chat(house: House) -> No
             return found[0] if found else (None, None, None)
 
         await until(lambda: run()[0] is not None, "the run is asked for", within_s=60)
-        await until(lambda: run()[0] not in ("queued", "running"), "the run is over", within_s=450)
+        await until(lambda: run()[0] not in ("queued", "running"), "the run is over", within_s=900)
         assert run()[:2] == ("succeeded", None)
         await until(lambda: status("policy-0001") != "candidate", "the trial has begun", within_s=120)
         assert status("policy-0001") == "trial", gate()

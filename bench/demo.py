@@ -42,7 +42,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from bench.crowd import MAX_TOKENS, CrowdError, CrowdReport, Member, crowd, join
-from bench.gateway import free_port
 from bench.gold import worth
 from bench.load import Exchange, Target
 from bench.personas import personas
@@ -54,7 +53,7 @@ from data.types import BASE_POLICY
 from service import pairing
 from service.metrics import Metrics
 from service.scoring import Scorer
-from service.supervisor import StartError, check_port
+from service.supervisor import StartError, check_port, free_port
 from trainer import dialogues
 from trainer.dialogues import Prompt
 

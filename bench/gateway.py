@@ -23,7 +23,6 @@ import random
 import secrets
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import tempfile
@@ -42,7 +41,7 @@ from data import keys, registry
 from data.database import connect, transaction
 from data.settings import EngineSettings, Settings
 from data.types import BASE_POLICY, Feedback, Role
-from service.supervisor import StartError, engine_command, engine_environment, find_model
+from service.supervisor import StartError, engine_command, engine_environment, find_model, free_port
 
 LITELLM = "litellm[proxy]==1.103.0"
 LITELLM_FOLDER = Path(".bench") / "litellm-1.103.0"
@@ -301,13 +300,6 @@ def find_litellm(option: str) -> Path | None:
             note("LiteLLM cannot be installed here: its column is left out")
             return None
     return python
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def note(message: str) -> None:

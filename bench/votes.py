@@ -32,7 +32,7 @@ import orjson
 import uvloop
 from sqlite_utils import Database
 
-from bench.gateway import free_port, markdown, note, running, spread
+from bench.gateway import markdown, note, running, spread
 from bench.load import Exchange, Target, closed_loop, quantile, until_ready
 from data import comparisons, completions, keys
 from data.database import Writer, connect, transaction
@@ -48,6 +48,7 @@ from data.types import (
     Role,
     timestamp,
 )
+from service.supervisor import free_port
 
 Ballot = tuple[str, int, Choice]
 """A comparison, the number of the key that owns it, and the vote."""

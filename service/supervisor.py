@@ -5,6 +5,7 @@ import ctypes
 import fcntl
 import json
 import os
+import random
 import secrets
 import signal
 import socket
@@ -319,7 +320,7 @@ def _children(settings: Settings, model: Path) -> list[Child]:
         ours.append(Child("scorer", scorer, {"OMP_NUM_THREADS": "1"}, logs / "scorer.log", SCORER_STOP_S))
     if settings.engine.urls:
         return ours
-    port = settings.engine.port or _free_port()
+    port = settings.engine.port or free_port()
     url, key = f"http://127.0.0.1:{port}", secrets.token_urlsafe(32)
     api.environment |= {"NIGHTSHIFT_ENGINE__URLS": json.dumps([url]), "NIGHTSHIFT_ENGINE__API_KEY": key}
     # For a trainer that somebody starts by hand: it looks there for whom to wait, and who may sample for it.
@@ -343,11 +344,14 @@ def _engine_file(state: Path) -> Path:
     return state / "engine.json"
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+def free_port() -> int:
+    """One for a server that binds it in its own time, half a minute later maybe: not of those that the kernel gives to
+    clients meanwhile (on Linux from 32,768 on)."""
+    while True:
+        port = random.randrange(20_000, 32_768)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def engine_command(settings: Settings, model: Path, port: int) -> list[str]:

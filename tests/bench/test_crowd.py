@@ -13,10 +13,10 @@ from aiohttp import web
 
 from bench import crowd as crowds
 from bench.crowd import CrowdError, CrowdReport, Member, Vote, crowd, gain, join, main
-from bench.gateway import free_port
 from bench.gold import worth
 from bench.personas import Kind, Persona, Shown, personas
 from data.types import Choice, Role
+from service.supervisor import free_port
 from tests.conftest import FakeEngine, House, OpenHouse, Refusal, Reply, say
 from trainer import dialogues
 from trainer.dialogues import Prompt

@@ -23,13 +23,13 @@ from sqlite_utils import Database
 
 from bench import demo
 from bench.demo import DemoError, Plan, Said, Stages, Story, figures, headline, learn, page, question, win_rate
-from bench.gateway import free_port
 from bench.gold import worth
 from bench.load import Target
 from data import runs
 from data.database import connect, transaction
 from data.settings import load_settings
 from data.types import BASE_POLICY, PolicyStatus, Role, RunStatus
+from service.supervisor import free_port
 from tests.conftest import AddPolicy, FakeEngine, House, Judge, OpenHouse, Refusal, Reply, eventually
 from trainer import dialogues
 

@@ -4,7 +4,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import time
 import urllib.error
@@ -18,6 +17,7 @@ from typing import Any
 import pytest
 
 from data.database import connect
+from service.supervisor import free_port
 
 REPOSITORY = Path(__file__).parents[2]
 START_LIMIT_S = 300
@@ -80,13 +80,6 @@ def descendants(root: int) -> dict[int, str]:
     while more := {pid for pid, parent in parents.items() if parent in found and pid not in found}:
         found |= more
     return {pid: commands[pid] for pid in found - {root}}
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
 
 
 def wait_until(condition: Callable[[], object], limit_s: float, what: str) -> None:

@@ -8,6 +8,7 @@ import sys
 import aiohttp
 import pytest
 
+from service.supervisor import free_port
 from tests.e2e.conftest import REPOSITORY, House, never_ending, wait_until
 
 
@@ -60,8 +61,6 @@ async def test_an_engine_killed_mid_stream_is_an_error_and_comes_back(house: Hou
     ],
 )
 def test_a_start_that_cannot_succeed_says_why(house: House, tmp_path: object, arguments: list[str], says: str) -> None:
-    from tests.e2e.conftest import free_port
-
     filled = [argument.format(tmp=tmp_path, port=free_port()) for argument in arguments]
     command = [sys.executable, "-m", "service.cli", "up", *filled]
     done = subprocess.run(

@@ -24,8 +24,8 @@ from transformers import (
 )
 
 from data.settings import STARTER, Settings
-from service.supervisor import engine_command, engine_environment
-from tests.e2e.conftest import START_LIMIT_S, descendants, free_port, wait_until
+from service.supervisor import engine_command, engine_environment, free_port
+from tests.e2e.conftest import START_LIMIT_S, descendants, wait_until
 from trainer.backbone import Backbone
 from trainer.encoding import collate
 from trainer.rollout import Engine, EngineError, EngineSampler, Sampling

@@ -17,8 +17,8 @@ from sqlite_utils import Database
 from data import registry, swaps
 from data.settings import Settings
 from data.types import BASE_POLICY, PolicyStatus
+from service.supervisor import free_port
 from tests.conftest import AddPolicy, FakeEngine, OpenHouse, eventually
-from tests.e2e.conftest import free_port
 
 ROOT = Path(__file__).parents[2]
 

@@ -21,17 +21,9 @@ from tests.conftest import FakeEngine, OpenHouse
 
 
 @pytest.fixture
-def free_port() -> int:
-    """A port that nothing listens on."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-    return port
-
-
-@pytest.fixture
-def healthy(settings: Settings, free_port: int) -> Settings:
-    return settings.model_copy(update={"server": settings.server.model_copy(update={"port": free_port})})
+def healthy(settings: Settings) -> Settings:
+    port = supervisor.free_port()
+    return settings.model_copy(update={"server": settings.server.model_copy(update={"port": port})})
 
 
 def found(settings: Settings) -> dict[str, Check]:

@@ -131,7 +131,7 @@ async def test_an_engine_that_never_comes_up_ends_the_start_with_its_last_words(
 ) -> None:
     model = tiny_model(tmp_path / "model")
     settings = Settings(state=tmp_path / "state", model=str(model))
-    settings.server.port = supervisor._free_port()
+    settings.server.port = supervisor.free_port()
     broken = [sys.executable, "-c", "raise SystemExit('no kernel for this processor')"]
     monkeypatch.setattr(supervisor, "engine_command", lambda *_: broken)
     monkeypatch.setenv("NIGHTSHIFT_STATE", str(settings.state))
@@ -159,7 +159,7 @@ async def test_an_engine_that_is_deaf_while_it_starts_is_not_waited_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_environment: None
 ) -> None:
     monkeypatch.setenv("NIGHTSHIFT_STATE", str(tmp_path / "state"))
-    monkeypatch.setenv("NIGHTSHIFT_SERVER__PORT", str(supervisor._free_port()))
+    monkeypatch.setenv("NIGHTSHIFT_SERVER__PORT", str(supervisor.free_port()))
     monkeypatch.setenv("NIGHTSHIFT_MODEL", str(tiny_model(tmp_path / "model")))
     monkeypatch.setattr(supervisor, "ENGINE_STOP_S", 3600.0)
     deaf = tmp_path / "deaf"
@@ -266,7 +266,7 @@ async def test_a_house_has_a_clock_that_comes_back_and_stops_with_it(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, plain_environment: None, engine: FakeEngine
 ) -> None:
     monkeypatch.setenv("NIGHTSHIFT_STATE", str(tmp_path / "state"))
-    monkeypatch.setenv("NIGHTSHIFT_SERVER__PORT", str(supervisor._free_port()))
+    monkeypatch.setenv("NIGHTSHIFT_SERVER__PORT", str(supervisor.free_port()))
     monkeypatch.setenv("NIGHTSHIFT_ENGINE__URLS", json.dumps([engine.url]))
     monkeypatch.setenv("NIGHTSHIFT_MODEL", str(tiny_model(tmp_path / "model")))
     settings = load_settings()

@@ -74,8 +74,7 @@ def record_vote(db: Database, comparison_id: str, judge: Judge) -> Duel | None:
     """Count the votes of the duel that a comparison belongs to anew, and keep how it stands now.
 
     Returns the duel, which this vote may have ended; None where the comparison belongs to no duel, or to one that has
-    ended: then nothing changes. Every rater's vote on a pair counts, but for those in quarantine. Call inside the
-    vote's own transaction."""
+    ended: then nothing changes. Call inside the vote's own transaction."""
     columns = ", ".join(f"duels.{name}" for name in _COLUMNS.split(", "))
     row = db.execute(
         f"SELECT {columns} FROM comparisons JOIN duels ON duels.id = duel_id"
@@ -110,20 +109,21 @@ def record_vote(db: Database, comparison_id: str, judge: Judge) -> Duel | None:
 
 
 def _count(db: Database, duel: Duel) -> tuple[int, int, int]:
-    """(wins, losses, ties) of the challenger; both bad is a tie. A vote counts as it was first cast: its answer says
-    who wrote which, so a change after it is not blind. Votes that a rater casts in quarantine do not count; earlier
-    ones do, or whoever flags raters could turn a duel round after the fact."""
+    """(wins, losses, ties) of the challenger; both bad is a tie. Of a pair the first vote counts: two people agree more
+    often than chance, and the evidence is that of votes without anything in common. A vote counts as it was first cast:
+    its answer says who wrote which, so a change after it is not blind. Votes that a rater casts in quarantine do not
+    count; earlier ones do, or whoever flags raters could turn a duel round after the fact."""
     for_challenger = "(blind = 'a') = (first.policy = :challenger)"
     row = db.execute(
         f"SELECT coalesce(sum(blind IN ('a', 'b') AND {for_challenger}), 0),"
         f" coalesce(sum(blind IN ('a', 'b') AND NOT {for_challenger}), 0),"
         " coalesce(sum(blind IN ('tie', 'both_bad')), 0)"
-        " FROM comparisons JOIN (SELECT *, coalesce((SELECT vote_history.choice FROM vote_history"
-        " WHERE vote_id = votes.id ORDER BY vote_history.rowid LIMIT 1), choice) AS blind FROM votes) AS votes"
-        " ON comparison_id = comparisons.id"
-        " JOIN completions AS first ON first.id = comparisons.a WHERE duel_id = :duel"
+        " FROM (SELECT comparisons.a, min(votes.rowid), coalesce((SELECT vote_history.choice FROM vote_history"
+        " WHERE vote_id = votes.id ORDER BY vote_history.rowid LIMIT 1), choice) AS blind"
+        " FROM comparisons JOIN votes ON comparison_id = comparisons.id WHERE duel_id = :duel"
         " AND NOT EXISTS (SELECT 1 FROM quarantines WHERE quarantines.key_id = votes.key_id AND status <> 'released'"
-        " AND since <= votes.created_at)",
+        " AND since <= votes.created_at) GROUP BY comparisons.id)"  # with min(), the rest is of the same vote
+        " JOIN completions AS first ON first.id = a",
         {"challenger": duel.challenger, "duel": duel.id},
     ).fetchone()
     return row[0], row[1], row[2]

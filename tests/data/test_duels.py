@@ -121,7 +121,8 @@ def test_the_same_vote_again_changes_nothing(duel: Duel, cast: Cast, db: Databas
     assert db.execute("SELECT * FROM duel_curve").fetchall() == before
 
 
-def test_every_rater_s_vote_on_a_pair_counts(duel: Duel, cast: Cast, db: Database, make_key: MakeKey) -> None:
+def test_of_several_votes_on_a_pair_the_first_counts(duel: Duel, cast: Cast, db: Database, make_key: MakeKey) -> None:
+    """Two that agree, as people do, are no evidence twice."""
     cast(NEW)
     pair = cast.comparison  # type: ignore[attr-defined]
     rater = make_key(Role.RATER)[0].id
@@ -129,7 +130,14 @@ def test_every_rater_s_vote_on_a_pair_counts(duel: Duel, cast: Cast, db: Databas
     db.execute("UPDATE holds SET since = (SELECT created_at FROM comparisons WHERE id = ?)", (pair,))
     after = cast(BASE_POLICY, on=pair, key_id=rater)
     assert after is not None
-    assert (after.wins, after.losses) == (1, 1)
+    assert (after.wins, after.losses) == (1, 0)
+    (owner,) = {row["key_id"] for row in db.query("SELECT key_id FROM votes WHERE key_id <> ?", (rater,))}
+    with transaction(db):
+        raters.confirm(db, owner, actor="test")
+        db.execute("UPDATE quarantines SET since = '2020'")
+    after = duels.record_vote(db, pair, by_difference)
+    assert after is not None
+    assert (after.wins, after.losses) == (0, 1), "of those that count"
 
 
 def test_what_a_rater_says_in_quarantine_does_not_count_and_what_they_said_before_does(

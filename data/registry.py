@@ -64,12 +64,12 @@ def serving(db: Database) -> Policy | None:
     return _policy(row) if row else None
 
 
-def set_serving(db: Database, name: str) -> str | None:
+def set_serving(db: Database, name: str, *, back: bool = False) -> str | None:
     """Call inside a transaction, after every engine has confirmed `name`. Returns the policy that served before, which
-    is now retired, or rolled back where the new one is the older of the two."""
+    is now retired, or rolled back where `name` is what served before that."""
     row = db.execute("SELECT name FROM policies WHERE status = 'serving' AND name <> ?", (name,)).fetchone()
     if row is not None:
-        status = PolicyStatus.ROLLED_BACK if name < row[0] else PolicyStatus.RETIRED
+        status = PolicyStatus.ROLLED_BACK if back else PolicyStatus.RETIRED
         set_status(db, row[0], status)
     set_status(db, name, PolicyStatus.SERVING)
     return row[0] if row else None

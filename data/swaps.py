@@ -61,23 +61,34 @@ def roll_back(db: Database, *, actor: str, reason: str, seen: str | None = None)
 
 
 def predecessor(db: Database, seen: str | None = None) -> str:
-    """The policy that the one that serves took the place of, when it first did; `seen` as in `roll_back`. Raises
+    """The policy that the one that serves took the place of, as `line` has it; `seen` as in `roll_back`. Raises
     CannotPromote."""
     serving = registry.serving(db)
     if serving is None or serving.status is not PolicyStatus.SERVING:
         raise CannotPromote("Nothing serves yet: there is nothing to go back from.")
     if seen not in (None, serving.name):
         raise CannotPromote(f"{seen} does not serve any more, {serving.name} does. Go back from that if it is no good.")
-    row = db.execute(
-        # Going back from policy-0002 to policy-0001 made it replace policy-0002: the way back from there leads on.
-        "SELECT replaced FROM swaps WHERE policy = ? AND flipped_at IS NOT NULL AND replaced < policy"
-        " ORDER BY rowid DESC LIMIT 1",
-        (serving.name,),
-    ).fetchone()
-    if row is None:
+    before = line(db)[-2:-1]
+    if not before:
         raise CannotPromote(f"{serving.name} took no other policy's place: there is nothing to go back to.")
-    name: str = row[0]
-    return name
+    return before[0]
+
+
+def line(db: Database) -> list[str]:
+    """The policies that lead to the one that serves, which is the last: each took the place of the one before it. Going
+    back to one of them takes those after it out again; whatever else comes to serve goes on from there, be it trained
+    earlier than what it replaces."""
+    then: dict[str | None, list[str]] = {}
+    # The rows are in the order in which swaps were asked for; what each replaced says in which they were made.
+    for replaced, policy in db.execute(
+        "SELECT replaced, policy FROM swaps WHERE flipped_at IS NOT NULL ORDER BY rowid DESC"
+    ):
+        then.setdefault(replaced, []).append(policy)
+    found: list[str] = []
+    while after := then.get(found[-1] if found else None):
+        policy = after.pop()
+        found = [*found[: found.index(policy)], policy] if policy in found else [*found, policy]
+    return found
 
 
 def settle(db: Database, duel: Duel) -> None:
@@ -184,7 +195,7 @@ def flip(db: Database, swap: Swap) -> str | None:
     if pending(db) != swap.policy:
         raise Superseded(swap.policy)
     break_off(db, reason=f"{swap.policy} serves")
-    replaced = registry.set_serving(db, swap.policy)
+    replaced = registry.set_serving(db, swap.policy, back=swap.policy in line(db))
     db.execute(
         "UPDATE swaps SET flipped_at = ?, replaced = ?, problem = NULL WHERE id = ?", (timestamp(), replaced, swap.id)
     )

@@ -236,8 +236,8 @@ class HotSwap:
 
     async def _swap(self, policy: Policy, swap: Swap) -> None:
         began = time.monotonic()
-        before = registry.serving(self._reader)
-        if before is not None and policy.name > before.name:
+        line = swaps.line(self._reader)
+        if line and policy.name not in line:
             await self._engines.load(policy, self._engines.engines)
         else:  # the way back waits for no engine that is away or hangs
             await self._engines.load_back(policy)
@@ -247,7 +247,7 @@ class HotSwap:
         def flip(db: Database) -> str | None:
             self._check_lease(db)
             replaced = swaps.flip(db, swap)
-            if replaced is not None and replaced < policy.name and gate.watch_share > 0:
+            if replaced is not None and replaced in swaps.line(db) and gate.watch_share > 0:
                 duels.begin(
                     db, DuelKind.WATCH, challenger=replaced, incumbent=policy.name,
                     threshold=1 / gate.alpha, budget=gate.max_watch_votes,
@@ -354,7 +354,7 @@ class HotSwap:
     async def _compare_with_predecessor(self) -> None:
         """Go back by ourselves where more answers fail, or stay without an end, than under the predecessor."""
         swap = swaps.latest(self._reader)
-        if swap is None or swap.replaced is None or swap.replaced > swap.policy or swap.id == self._settled:
+        if swap is None or swap.replaced not in swaps.line(self._reader) or swap.id == self._settled:
             return
         if swaps.pending(self._reader) is not None:
             return

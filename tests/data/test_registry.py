@@ -253,7 +253,7 @@ def test_when_another_policy_serves_the_old_one_retires(db: Database) -> None:
     statuses = {policy.name: policy.status for policy in registry.list_policies(db)}
     assert statuses == {"policy-0000": PolicyStatus.RETIRED, "policy-0001": PolicyStatus.SERVING}
     with transaction(db):
-        assert registry.set_serving(db, "policy-0000") == "policy-0001"
+        assert registry.set_serving(db, "policy-0000", back=True) == "policy-0001"
     statuses = {policy.name: policy.status for policy in registry.list_policies(db)}
     assert statuses == {"policy-0000": PolicyStatus.SERVING, "policy-0001": PolicyStatus.ROLLED_BACK}
 

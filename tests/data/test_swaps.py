@@ -165,6 +165,42 @@ def test_the_predecessor_is_the_one_that_the_serving_policy_first_took_over_from
         swaps.predecessor(db)
 
 
+def test_what_was_trained_earlier_and_never_served_goes_on_from_what_it_replaces(
+    db: Database, add_policy: AddPolicy
+) -> None:
+    flip(db, BASE_POLICY)
+    one, two, three = (add_policy() for _ in range(3))
+    for name in (one, three, two):
+        promote(db, name)
+        flip(db, name)
+    assert statuses(db) == ["retired", "retired", "serving", "retired"], "policy-0003 was not turned away"
+    for predecessor in (three, one, BASE_POLICY):
+        assert swaps.predecessor(db) == predecessor
+        promote(db, predecessor)
+        flip(db, predecessor)
+    assert statuses(db) == ["serving", "rolled_back", "rolled_back", "rolled_back"]
+    promote(db, two)
+    flip(db, two)
+    assert swaps.predecessor(db) == BASE_POLICY
+    assert statuses(db) == ["retired", "rolled_back", "serving", "rolled_back"]
+
+
+def test_the_line_is_that_of_the_swaps_that_were_made_however_they_were_asked_for(
+    db: Database, add_policy: AddPolicy
+) -> None:
+    flip(db, BASE_POLICY)
+    promote(db, add_policy())
+    flip(db, "policy-0001")
+    trained = add_policy(PolicyStatus.PROMOTED)
+    with transaction(db):
+        swaps.begin(db, trained)
+    promote(db, BASE_POLICY)
+    flip(db, BASE_POLICY)
+    flip(db, trained)
+    assert swaps.line(db) == [BASE_POLICY, trained]
+    assert statuses(db) == ["retired", "rolled_back", "serving"]
+
+
 def test_who_goes_back_from_what_serves_no_more_does_not(db: Database, add_policy: AddPolicy) -> None:
     flip(db, BASE_POLICY)
     for name in (add_policy(), add_policy()):
@@ -204,9 +240,10 @@ def test_a_clock_that_was_ahead_and_is_set_right_turns_nothing_round(db: Databas
     latest = swaps.latest(db)
     assert latest is not None
     assert latest.policy == one
+    assert swaps.predecessor(db) == two
     promote(db, two)
     flip(db, two)
-    assert swaps.predecessor(db) == one
+    assert swaps.predecessor(db) == BASE_POLICY
 
 
 def test_what_serves_can_be_told_to_stay(db: Database, add_policy: AddPolicy) -> None:

@@ -438,6 +438,21 @@ async def test_the_predecessor_is_let_go_when_people_prefer_what_serves(
     assert house.state.engines.serving == name
 
 
+async def test_one_that_was_trained_earlier_and_never_served_is_watched_too(
+    house: House, db: Database, promoted: Promoted, add_policy: AddPolicy
+) -> None:
+    earlier = add_policy(PolicyStatus.REJECTED)
+    later = await promoted(house)
+    with transaction(db):
+        swaps.promote(db, earlier, actor="key_1", reason="because")
+    await eventually(lambda: house.state.engines.serving == earlier)
+    duel = await running(house, db, DuelKind.WATCH)
+    assert (duel.challenger, duel.incumbent) == (later, earlier)
+    await vote_for(house, later, times=30)
+    await eventually(lambda: house.state.engines.serving == later)
+    assert status(db, earlier) is PolicyStatus.ROLLED_BACK
+
+
 async def test_a_trial_ends_the_watch(
     house: House, engine: FakeEngine, db: Database, promoted: Promoted, add_policy: AddPolicy
 ) -> None:

@@ -116,7 +116,9 @@ class SignIn(BaseModel):
 
 @router.post("/sign-in", status_code=204)
 async def sign_in(body: SignIn, request: Request) -> Response:
-    """An API key, or the code of a sign-in link, becomes a session's cookie, which no script can read."""
+    """An API key, or the code of a sign-in link, becomes a session's cookie, which no script can read. Who comes by a
+    link and is signed in with as much of a role stays so: each start's link is of a new key, and conversations and
+    votes that wait are the earlier one's."""
     check_same_origin(request)
     state = state_of(request)
     lasts_s = state.settings.server.session_s
@@ -125,6 +127,10 @@ async def sign_in(body: SignIn, request: Request) -> Response:
     def begin(db: Any) -> str | None:
         if body.code is not None:
             secret = sessions.use_code(db, body.code, lasts_s=lasts_s)
+            was, is_now = (one and sessions.authenticate(db, one) for one in (before, secret))
+            if was and is_now and was.role.covers(is_now.role):
+                sessions.end(db, secret or "")
+                return before
         else:
             key = keys.authenticate(db, body.key or "")
             secret = None if key is None else sessions.create(db, key.id, lasts_s=lasts_s)

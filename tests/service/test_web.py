@@ -83,6 +83,23 @@ async def test_the_link_that_up_prints_signs_in(house: House, capsys: pytest.Cap
     assert (await house.call("POST", "/sign-in", role=None, json={"code": found[2]})).status == 204
 
 
+@pytest.mark.parametrize(("was", "stays"), [(Role.OPERATOR, True), (Role.USER, False)])
+async def test_who_comes_by_a_link_and_is_signed_in_with_as_much_of_a_role_stays_so(
+    house: House, db: Database, make_key: MakeKey, was: Role, stays: bool
+) -> None:
+    new, _ = make_key(Role.OPERATOR)
+    with transaction(db):
+        before = sessions.create(db, house.keys[was].id, lasts_s=60.0)
+        code = sessions.create_code(db, new.id)
+    answer = await call(house, "POST", "/sign-in", {"Cookie": f"{COOKIE}={before}"}, json={"code": code})
+    assert answer.status == 204
+    session = await call(house, "GET", "/v1/session", {"Cookie": answer.headers["Set-Cookie"].split(";")[0]})
+    assert session.json["key"] == (house.keys[was].id if stays else new.id)
+    assert db["sessions"].count == 1
+    again = await house.call("POST", "/sign-in", role=None, json={"code": code})
+    assert again.status == 401
+
+
 @pytest.mark.parametrize("body", [{"key": "ns-x-y"}, {"key": ""}, {"code": "x"}])
 async def test_what_is_no_key_and_no_code_is_401(house: House, body: dict[str, str]) -> None:
     answer = await house.call("POST", "/sign-in", role=None, json=body)

@@ -222,6 +222,62 @@ async def test_a_message_can_be_edited_and_sent_again(house: House, engine: Fake
     assert engine.chats[-1].body["messages"] == [{"role": "user", "content": "dogs"}]
 
 
+async def test_an_answer_that_ends_leaves_the_rest_of_the_page_as_it_is(
+    house: House, asked: FakeEngine, open_page: OpenPage
+) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await page.get_by_role("button", name="First is better").click()
+    await eventually(lambda: _is_kept(house, '"cast": {'))
+    await house.state.write(lambda db: db.execute("UPDATE keys SET feedback = 'off'"))
+    await page.reload()
+    asked.answer = lambda body: Reply(choices=[["Now", " and then"]], hold_after=1)
+    await ask(page, "And?")
+    await expect(page.get_by_text("Now")).to_be_visible()
+    await page.get_by_text("The other answer").click()
+    await page.get_by_role("button", name="Edit this message and send it again").first.click()
+    edited = page.get_by_label("Your message").get_by_role("textbox")
+    await edited.fill("Hello again, and")
+    asked.go_on.set()
+    await expect(page.get_by_role("button", name="Ask for another answer")).to_be_visible()
+    await expect(edited).to_have_value("Hello again, and")
+    await expect(edited).to_be_focused()
+    await expect(page.locator("details .prose")).to_be_visible()
+
+    asked.go_on.clear()
+    asked.answer = lambda body: Reply(choices=[["Never"]], hold_after=0)
+    await ask(page, "And then?")
+    await eventually(lambda: len(asked.chats) == 4)
+    await page.get_by_role("button", name="Edit this message and send it again").first.click()
+    await edited.fill("Hello again, and")
+    await page.get_by_role("button", name="Stop", exact=True).click()
+    await expect(page.get_by_text("You stopped before the answer began.")).to_be_visible()
+    await expect(edited).to_have_value("Hello again, and")
+    await expect(page.get_by_role("article", name="Answer")).to_have_count(2)
+
+
+async def test_a_vote_leaves_the_rest_of_the_page_as_it_is(
+    house: House, asked: FakeEngine, open_page: OpenPage
+) -> None:
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    await page.get_by_role("button", name="Edit this message and send it again").click()
+    edited = page.get_by_label("Your message").get_by_role("textbox")
+    await edited.fill("Hello again, and")
+    await page.get_by_role("button", name="First is better").click()
+    await expect(page.get_by_text("Both were written by")).to_be_visible()
+    await expect(edited).to_have_value("Hello again, and")
+    await page.get_by_role("button", name="Change your vote").click()
+    await expect(page.get_by_role("region", name="Which answer is better?")).to_be_focused()
+    await page.keyboard.press("ArrowRight")
+    await expect(page.locator(".verdict")).to_contain_text("You preferred the second answer. Both were written by")
+    await expect(edited).to_have_value("Hello again, and")
+    await expect(page.get_by_role("button", name="Ask for another answer")).to_have_count(1)
+
+
 async def test_an_answer_can_be_copied(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
     engine.answer = lambda body: say("It is **Paris**.")
     page = await open_page(house, permissions=["clipboard-read", "clipboard-write"])
@@ -359,6 +415,35 @@ async def test_who_goes_on_writing_does_not_vote(house: House, asked: FakeEngine
     await expect(page.get_by_role("region", name="Which answer is better?")).to_be_focused()
     await page.keyboard.type("but tell me more")
     await expect(page.get_by_label("Message", exact=True)).to_have_value("but tell me more")
+    await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
+    assert await house.rows("votes") == []
+
+
+@pytest.mark.parametrize("where", ["the comment", "a message that is edited"])
+async def test_two_answers_that_end_take_the_keyboard_from_nobody_who_writes(
+    house: House, engine: FakeEngine, open_page: OpenPage, where: str
+) -> None:
+    await always(house)
+    engine.answer = lambda body: Reply(choices=[["Seed ", str(body["seed"])]], hold_after=1)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("article", name="Second answer")).to_contain_text("Seed")
+    if where == "the comment":
+        field = page.get_by_label("Comment")
+        await field.focus()
+    else:
+        await page.get_by_role("button", name="Edit this message and send it again").click()
+        field = page.get_by_label("Your message").get_by_role("textbox")
+        await field.fill("")
+    await page.keyboard.type("hort")
+    engine.go_on.set()
+    await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
+    await expect(page.locator("#status")).to_have_text("Both answers have ended. Which is better?")
+    for _ in "hort":
+        await page.keyboard.press("ArrowLeft")
+    await page.keyboard.type("s")
+    await expect(field).to_have_value("short")
+    await expect(page.get_by_label("Message", exact=True)).to_have_value("")
     await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
     assert await house.rows("votes") == []
 

@@ -37,8 +37,15 @@ async function drawTalk() {
   log.replaceChildren(...talk.turns.map((turn, index) => drawTurn(turn, index, bodies)));
   if (!talk.turns.length) log.append(drawWelcome());
   find("title").textContent = document.title = talk.title ? `${talk.title} · Nightshift` : "Nightshift";
-  if (openPair && !message.value) openPair.vote.focus({ preventScroll: true });
+  focusVote();
   await showAll(bodies);
+}
+
+/** The keyboard is for the vote, unless somebody writes: what is meant for a text would vote. */
+function focusVote() {
+  const { activeElement } = document;
+  const writes = message.value || (activeElement !== message && activeElement?.matches("textarea, input"));
+  if (!writes) openPair?.vote.focus({ preventScroll: true });
 }
 
 function drawWelcome() {
@@ -210,10 +217,11 @@ async function writeAnswer(signal) {
     pair.open();
     openPair = pair;
     announce("Both answers have ended. Which is better?");
-    if (!message.value) pair.vote.focus({ preventScroll: true });
+    focusVote();
     if (follow) scrollToEnd();
   } else {
-    await drawTalk();
+    if (turn) await drawAgain(own.turns.length - 1);
+    else (pair?.element ?? live).remove();
     if (follow) scrollToEnd();
     announce(signal.aborted ? "Stopped." : "The answer is complete.");
     if (!turn) showFailure(new Error("You stopped before the answer began."));
@@ -297,7 +305,7 @@ function settle(turn, choice) {
   turn.content = turn.pair.answers[choice === "b" ? 1 : 0];
 }
 
-async function choose(turn, choice, comment) {
+function choose(turn, choice, comment) {
   const earlier = turn.pair.choice;
   if (turn === changing && choice === "skip") choice = earlier;
   openPair = changing = null;
@@ -307,14 +315,15 @@ async function choose(turn, choice, comment) {
   notice("vote");
   if (choice !== "skip") outbox.add({ comparison: turn.pair.id, choice, comment, earlier });
   save(talk);
-  await drawTalk();
+  drawAgain(talk.turns.indexOf(turn));
   message.focus({ preventScroll: true });
 }
 
 function changeVote(turn) {
   if (canChange(turn.pair)) changing = turn;
   else notice("vote", "It is too late to change this vote.");
-  drawTalk();
+  drawAgain(talk.turns.indexOf(turn));
+  focusVote();
 }
 
 function onVoteSent(vote, answer) {
@@ -332,7 +341,7 @@ function onVoteSent(vote, answer) {
 function drawAgain(index) {
   const bodies = [];
   log.children[index].replaceWith(drawTurn(talk.turns[index], index, bodies));
-  showAll(bodies);
+  return showAll(bodies);
 }
 
 /** Who wrote which is told of the vote that is on record. */

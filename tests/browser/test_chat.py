@@ -99,8 +99,8 @@ async def _is_kept(house: House, text: str) -> bool:
     return any(text in row["messages"] for row in await house.rows("conversations"))
 
 
-async def _refuse(route: Route, method: str) -> None:
-    await (route.abort() if route.request.method == method else route.continue_())
+async def _refuse(route: Route, *methods: str) -> None:
+    await (route.abort() if route.request.method in methods else route.continue_())
 
 
 @pytest.fixture
@@ -168,6 +168,34 @@ async def test_of_two_conversations_opened_at_once_the_last_one_stays(
     await expect(page.get_by_text("You stopped this answer.")).to_have_count(0)
     await expect(page.get_by_text("Of Second").first).to_be_visible()
     assert [message["content"] for message in engine.chats[-1].body["messages"]] == ["Second", "Of Second", "Third"]
+
+
+async def test_a_conversation_that_is_not_kept_yet_is_opened_as_it_is_here(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    """Not as the service has it: what is sent again later would take the place of what was said after that."""
+    engine.answer = lambda body: say(f"Of {body['messages'][-1]['content']}")
+    page = await open_page(house)
+    refused: set[str] = set()
+    await page.route("**/v1/conversations/*", lambda route: _refuse(route, *refused))
+    await page.reload()
+    for text in ("First", "Second"):
+        await page.get_by_role("button", name="New conversation").click()
+        await ask(page, text)
+        await eventually(partial(_is_kept, house, f"Of {text}"))
+    refused.add("PUT")
+    await ask(page, "Third")
+    await expect(page.get_by_text("Of Third")).to_be_visible()
+    await expect(page.get_by_text("This conversation is not kept yet.")).to_be_visible()
+    await link_to(page, "First").click()
+    await expect(page.get_by_text("Of First")).to_be_visible()
+    await link_to(page, "Second").click()
+    await expect(page.get_by_text("Of Third")).to_be_visible()
+    refused.clear()
+    await ask(page, "Fourth")
+    await eventually(lambda: _is_kept(house, "Of Fourth"))
+    (kept,) = [json.loads(row["messages"]) for row in await house.rows("conversations") if row["title"] == "Second"]
+    assert [turn["content"] for turn in kept][::2] == ["Second", "Third", "Fourth"]
 
 
 async def test_of_a_long_conversation_every_answer_is_rendered(

@@ -23,6 +23,7 @@ let asked = Promise.resolve(); // done when nothing of it is left to do
 let openPair = null; // the pair that can be voted on
 let changing = null; // the turn whose vote is given a second thought; until then the first one holds
 const deleted = new Set(); // ids of conversations that the user deleted here
+const unsaved = new Set(); // conversations that the service does not have as they are here
 
 function newTalk() {
   return { id: null, title: "", turns: [] };
@@ -379,6 +380,7 @@ function confirmVotes() {
 /** Put the conversation on the service; what cannot be sent is sent again later. */
 async function save(own) {
   own.changed = true;
+  unsaved.add(own);
   if (own.saving) return;
   own.saving = true;
   try {
@@ -386,14 +388,21 @@ async function save(own) {
       own.changed = false;
       await put(own);
     }
+    unsaved.delete(own);
     notice("save");
   } catch (error) {
     notice("save", `This conversation is not kept yet. ${error.message}`);
-    if (error.passing) setTimeout(() => save(own), SAVE_AGAIN_MS);
+    // If it has been kept since then, another copy of it may be open.
+    if (error.passing) setTimeout(() => unsaved.has(own) && save(own), SAVE_AGAIN_MS);
   } finally {
     own.saving = false;
   }
   drawList();
+}
+
+/** A conversation that is not kept yet: a second copy of it, as the service has it, would lack what came last. */
+function findUnsaved(id) {
+  return [...unsaved].find((one) => one.id === id);
 }
 
 async function put(own) {
@@ -445,6 +454,7 @@ async function remove(id, title) {
       return notice("list", `It is still there. ${error.message}`);
     }
   }
+  unsaved.delete(findUnsaved(id));
   announce("Deleted.");
   if (id === talk.id) await begin();
   await drawList();
@@ -454,7 +464,9 @@ async function openFromAddress() {
   const id = location.hash.slice(1);
   if (id === (talk.id ?? "")) return;
   if (!id) return begin();
-  const { title, messages, error } = await call("GET", `/v1/conversations/${encodeURIComponent(id)}`).catch((error) => ({ error }));
+  const here = findUnsaved(id);
+  const { title, messages, error } =
+    here ?? (await call("GET", `/v1/conversations/${encodeURIComponent(id)}`).catch((error) => ({ error })));
   const isPast = () => location.hash.slice(1) !== id || talk.id === id; // another one was opened, or this one was
   if (isPast()) return;
   await stop();
@@ -463,7 +475,7 @@ async function openFromAddress() {
     await begin();
     return notice("open", `This conversation could not be opened. ${error.message}`);
   }
-  talk = { id, title, turns: messages };
+  talk = here ?? { id, title, turns: messages };
   const last = talk.turns.at(-1);
   if (last?.pair?.choice === null && Date.now() > Date.parse(last.pair.expires_at)) settle(last, "skip");
   confirmVotes();

@@ -37,6 +37,12 @@ async def open_desk(house: House, open_page: OpenPage, question: str, **more: ob
     return desk
 
 
+async def vote(desk: Page, key: str) -> None:
+    """By a key, once the pair takes votes."""
+    await expect(desk.get_by_role("button", name="First is better")).to_be_enabled()
+    await desk.keyboard.press(key)
+
+
 async def test_pairs_are_rated_one_after_another_with_keys_alone(
     house: House, open_page: OpenPage, queue: list[str]
 ) -> None:
@@ -45,7 +51,7 @@ async def test_pairs_are_rated_one_after_another_with_keys_alone(
     for number, key in enumerate(KEYS.values()):
         await expect(desk.get_by_text(f"Question {number}")).to_be_visible()
         await expect(desk.get_by_role("article", name="Second answer").locator("strong")).to_have_text(str(number))
-        await desk.keyboard.press(key)
+        await vote(desk, key)
     await expect(desk.get_by_role("heading", name="Nothing waits for a vote")).to_be_visible()
     await expect(desk.get_by_text("4 rated today")).to_be_visible()
     assert [(row["comparison_id"], row["choice"]) for row in await house.rows("votes")] == list(
@@ -53,6 +59,26 @@ async def test_pairs_are_rated_one_after_another_with_keys_alone(
     )
     await desk.reload()
     await expect(desk.get_by_text("4 rated today")).to_be_visible()
+
+
+async def test_a_pair_that_has_just_come_takes_no_vote(house: House, open_page: OpenPage, queue: list[str]) -> None:
+    desk = await open_desk(house, open_page, "Question 0")
+    await vote(desk, "ArrowUp")
+    await expect(desk.get_by_text("Question 1")).to_be_visible()
+    await desk.evaluate(PRESS_AND_CLICK_AT_ONCE)
+    await vote(desk, "ArrowRight")
+    await expect(desk.get_by_text("Question 2")).to_be_visible()
+    await expect(desk.get_by_text("Judge the last answer alone")).to_be_visible()
+    await expect(desk.get_by_role("button", name="First is better")).to_be_enabled()
+    await expect(desk.get_by_text("Question 2")).to_be_visible()
+    assert [row["choice"] for row in await house.rows("votes")] == ["both_bad", "b"]
+
+
+PRESS_AND_CLICK_AT_ONCE = """new MutationObserver(() => {
+    const vote = document.querySelector(".vote");
+    vote?.dispatchEvent(new KeyboardEvent("keydown", { key: "ArrowLeft", bubbles: true }));
+    vote?.querySelector(".choice").click();
+}).observe(document.getElementById("desk"), { childList: true })"""
 
 
 async def test_a_vote_is_undone_by_choosing_again(house: House, open_page: OpenPage, queue: list[str]) -> None:
@@ -82,14 +108,14 @@ async def test_a_vote_on_its_way_does_not_take_the_second_thought_away(
         await route.continue_()
 
     await desk.route("**/v1/comparisons/*/vote", hold)
-    await desk.keyboard.press("ArrowLeft")
+    await vote(desk, "ArrowLeft")
     await desk.keyboard.press("z")
     await expect(desk.get_by_text("Choose again")).to_be_visible()
     let_go.set()
     await eventually(lambda: house.rows("votes"))
     await expect(desk.get_by_text("1 rated today")).to_be_visible()
     await expect(desk.get_by_text("Question 0")).to_be_visible()
-    await desk.keyboard.press("ArrowRight")
+    await vote(desk, "ArrowRight")
     await expect(desk.get_by_text("Question 1")).to_be_visible()
     assert [(row["comparison_id"], row["choice"]) for row in await house.rows("votes")] == [(queue[0], "b")]
 
@@ -99,20 +125,20 @@ async def test_undo_is_over_with_the_window(
 ) -> None:
     house = await open_house(engine, comparisons={"vote_window_s": 0.0})
     desk = await open_desk(house, open_page, "Question 0")
-    await desk.keyboard.press("ArrowLeft")
+    await vote(desk, "ArrowLeft")
     await expect(desk.get_by_text("Question 1")).to_be_visible()
     await expect(desk.get_by_role("button", name="Undo")).to_be_hidden()
 
 
 async def test_a_pair_that_was_skipped_does_not_come_again(house: House, open_page: OpenPage, queue: list[str]) -> None:
     desk = await open_desk(house, open_page, "Question 0")
-    await desk.keyboard.press("Escape")
+    await vote(desk, "Escape")
     await expect(desk.get_by_text("Question 1")).to_be_visible()
     await desk.reload()
     await expect(desk.get_by_text("Question 1")).to_be_visible()
     for _ in range(3):
         question = await desk.locator(".bubble").inner_text()
-        await desk.keyboard.press("ArrowDown")
+        await vote(desk, "ArrowDown")
         await expect(desk.get_by_text(question)).to_have_count(0)
     await expect(desk.get_by_role("heading", name="Nothing waits for a vote")).to_be_visible()
     assert [row["comparison_id"] for row in await house.rows("votes")] == queue[1:]
@@ -123,7 +149,7 @@ async def test_a_vote_cast_offline_is_sent_later_and_then_the_next_pair_comes(
 ) -> None:
     desk = await open_desk(house, open_page, "Question 0")
     await desk.context.set_offline(True)
-    await desk.keyboard.press("ArrowLeft")
+    await vote(desk, "ArrowLeft")
     await expect(desk.get_by_role("heading", name="Your vote waits")).to_be_visible()
     await desk.context.set_offline(False)
     await expect(desk.get_by_text("Question 1")).to_be_visible()
@@ -135,7 +161,7 @@ async def test_after_a_vote_that_waited_the_next_pair_comes_even_if_its_notice_w
 ) -> None:
     desk = await open_desk(house, open_page, "Question 0")
     await desk.context.set_offline(True)
-    await desk.keyboard.press("ArrowLeft")
+    await vote(desk, "ArrowLeft")
     await expect(desk.get_by_role("heading", name="Your vote waits")).to_be_visible()
     await desk.get_by_role("button", name="Dismiss").click()
     await desk.context.set_offline(False)
@@ -167,7 +193,7 @@ async def test_after_a_vote_that_another_window_sent_the_next_pair_comes(
 ) -> None:
     desk = await open_desk(house, open_page, "Question 0")
     await desk.route("**/vote", lambda route: route.abort())
-    await desk.keyboard.press("ArrowLeft")
+    await vote(desk, "ArrowLeft")
     await expect(desk.get_by_role("heading", name="Your vote waits")).to_be_visible()
     other = await desk.context.new_page()
     await other.goto(f"{house.url}/rate")
@@ -184,12 +210,12 @@ async def test_a_vote_that_is_refused_is_neither_counted_nor_offered_for_undo(
     with transaction(db):  # the rater thought for longer than the pair was held, and another has voted on it
         db.execute("UPDATE holds SET until = since")
         db.execute("UPDATE comparisons SET waits = 0 WHERE id = ?", (queue[0],))
-    await desk.keyboard.press("ArrowLeft")
+    await vote(desk, "ArrowLeft")
     await expect(desk.get_by_text("A vote could not be cast.")).to_be_visible()
     await expect(desk.get_by_text("Question 1")).to_be_visible()
     await expect(desk.get_by_text("0 rated today")).to_be_visible()
     await expect(desk.get_by_role("button", name="Undo")).to_be_hidden()
-    await desk.keyboard.press("ArrowRight")
+    await vote(desk, "ArrowRight")
     await expect(desk.get_by_text("1 rated today")).to_be_visible()
 
 
@@ -215,13 +241,13 @@ async def test_gold_pairs_come_unseen_and_are_kept_apart(
     house = await open_house(engine, comparisons={"gold_rate": 1.0})
     desk = await open_desk(house, open_page, "What is 2 + 2?")
     first = await desk.get_by_role("article", name="First answer").inner_text()
-    await desk.keyboard.press("ArrowLeft" if first == "It is 4." else "ArrowRight")
+    await vote(desk, "ArrowLeft" if first == "It is 4." else "ArrowRight")
     await expect(desk.get_by_text("Question 0")).to_be_visible()
     await expect(desk.get_by_text("1 rated today")).to_be_visible()
     assert await house.rows("votes") == []
     await desk.keyboard.press("z")
     await expect(desk.get_by_text("What is 2 + 2?")).to_be_visible()
-    await desk.keyboard.press("ArrowDown")
+    await vote(desk, "ArrowDown")
     await expect(desk.get_by_text("Question 0")).to_be_visible()
     (rater,) = (await house.call("GET", "/v1/raters", role=Role.OPERATOR)).json["data"]
     assert (rater["key"], rater["gold"], rater["gold_right"]) == (house.keys[Role.RATER].id, 1, 0)

@@ -9,6 +9,7 @@ import { openPage } from "./shell.js";
 
 const PURPOSE = "Your votes train the model. Judge the last answer alone, whatever you think of the question.";
 const LOOK_AGAIN_MS = 15_000;
+const OPENS_AFTER_MS = 400; // the second of two quick presses or clicks is not meant for a pair that nobody has seen
 
 const desk = find("desk");
 let session, outbox;
@@ -58,11 +59,16 @@ function showTask(task, before = null) {
   const purpose = before ? `${SAID[before.choice]}. Choose again, or keep it with Skip. ${PURPOSE}` : PURPOSE;
   current?.close();
   waits = false;
-  current = new Pair([prose(task.answers.a), prose(task.answers.b)], (choice, comment) => choose(task, choice, comment, before), { purpose, letters: true });
-  desk.replaceChildren(el("section", { class: "log", "aria-label": "The conversation" }, talk), current.element);
-  current.open();
+  const pair = new Pair([prose(task.answers.a), prose(task.answers.b)], (choice, comment) => choose(task, choice, comment, before), {
+    waiting: purpose,
+    purpose,
+    letters: true,
+  });
+  current = pair;
+  desk.replaceChildren(el("section", { class: "log", "aria-label": "The conversation" }, talk), pair.element);
+  setTimeout(() => pair === current && pair.open(), OPENS_AFTER_MS);
   showAll(bodies);
-  current.vote.focus({ preventScroll: true });
+  pair.vote.focus({ preventScroll: true });
   scrollTo({ top: 0 });
   announce(before ? "The pair before is back." : "A new pair.");
 }

@@ -198,6 +198,7 @@ class _Pair(BaseModel):
     id: _Text
     expires_at: _Text
     answers: tuple[_Text, _Text]
+    cut: tuple[bool, bool] = (False, False)
     choice: Choice | Literal["skip"] | None
     policies: dict[Literal["a", "b"], _Text] | None
     voted_at: _Text | None = None
@@ -211,6 +212,7 @@ class _Turn(BaseModel):
     content: _Text
     policy: _Text | None = None
     stopped: bool = False
+    cut: bool = False
     pair: _Pair | None = None
 
 

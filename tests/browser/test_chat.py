@@ -12,6 +12,8 @@ from data.types import Role, timestamp
 from tests.browser.conftest import PHONE, OpenPage
 from tests.conftest import FakeEngine, House, Refusal, Reply, eventually, say
 
+CUT = "This answer reached the longest length and was cut off."
+
 
 async def ask(page: Page, text: str) -> None:
     await page.get_by_label("Message", exact=True).fill(text)
@@ -232,6 +234,17 @@ async def test_an_answer_can_be_stopped(house: House, engine: FakeEngine, open_p
     await expect(page.get_by_text("stormy")).to_have_count(0)
     await expect(page.get_by_label("Message", exact=True)).to_be_focused()
     await eventually(lambda: engine.chats[0].cut_off)
+
+
+async def test_an_answer_that_was_cut_off_says_so(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
+    engine.answer = lambda body: say("It was a dark", finish_reason="length")
+    page = await open_page(house)
+    await ask(page, "Tell me a story")
+    await expect(page.get_by_text(CUT)).to_be_visible()
+    await expect(page.locator("#status")).to_have_text("The answer was cut off at the longest length.")
+    await eventually(lambda: _is_kept(house, "It was a dark"))
+    await page.reload()
+    await expect(page.get_by_text(CUT)).to_be_visible()
 
 
 async def test_a_message_can_be_edited_and_sent_again(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
@@ -474,6 +487,27 @@ async def test_two_answers_that_end_take_the_keyboard_from_nobody_who_writes(
     await expect(page.get_by_label("Message", exact=True)).to_have_value("")
     await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
     assert await house.rows("votes") == []
+
+
+async def test_of_two_answers_the_one_that_was_cut_off_says_so(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    reasons = iter(["length", "stop"])
+    engine.answer = lambda body: say("Seed ", str(body["seed"]), finish_reason=next(reasons))
+    await always(house)
+    page = await open_page(house)
+    await ask(page, "Hello")
+    for _ in range(2):
+        await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
+        await expect(page.locator(".card").filter(has_text=CUT)).to_have_count(1)
+        await expect(page.locator(".card").filter(has_text="Seed")).to_have_count(2)
+        await eventually(lambda: _has_pair(house))
+        await page.reload()
+    cut = await page.get_by_role("article", name="First answer").get_by_text(CUT).count()
+    await page.keyboard.press("ArrowLeft")
+    await expect(page.get_by_text("Both were written by")).to_be_visible()
+    await expect(page.get_by_role("article", name="Answer").get_by_text(CUT)).to_have_count(1)
+    await expect(page.locator("details").get_by_text(CUT)).to_have_count(1 - cut)
 
 
 async def test_a_pair_can_be_skipped(house: House, asked: FakeEngine, open_page: OpenPage) -> None:

@@ -18,7 +18,14 @@ TALK = {
     "title": "Cats",
     "messages": [
         {"role": "user", "content": "Tell me of cats"},
-        {"role": "assistant", "content": "They sleep.", "policy": "policy-0000", "stopped": False, "pair": None},
+        {
+            "role": "assistant",
+            "content": "They sleep.",
+            "policy": "policy-0000",
+            "stopped": False,
+            "cut": True,
+            "pair": None,
+        },
     ],
 }
 
@@ -219,7 +226,7 @@ async def test_a_conversation_is_kept_changed_and_deleted(house: House) -> None:
     path = f"/v1/conversations/{created.json['id']}"
     kept = (await house.call("GET", path)).json
     assert kept["title"] == "Cats"
-    assert kept["messages"][0] == {**TALK["messages"][0], "policy": None, "stopped": False, "pair": None}  # type: ignore[dict-item]
+    assert kept["messages"][0] == TALK["messages"][0] | {"policy": None, "stopped": False, "cut": False, "pair": None}  # type: ignore[operator]
     assert kept["messages"][1] == TALK["messages"][1]
     assert (await house.call("PUT", path, json=TALK | {"title": "Dogs"})).status == 200
     listed = (await house.call("GET", "/v1/conversations")).json["data"]

@@ -1,7 +1,8 @@
 // The chat page. A conversation is a list of turns, kept on the service as it is here:
 //   {role: "user", content}
-//   {role: "assistant", content, policy, stopped}
-//   {role: "assistant", content, policy, pair: {id, expires_at, answers, choice, policies}}   content: the chosen answer
+//   {role: "assistant", content, policy, stopped, cut}
+//   {role: "assistant", content, policy, cut, pair: {id, expires_at, answers, cut, choice, policies}}
+//     content, and cut beside it: of the chosen answer
 
 import { call, streamChat } from "./api.js";
 import { GrowingText, showAll } from "./answer.js";
@@ -12,6 +13,7 @@ import { openPage } from "./shell.js";
 
 const STARTERS = ["What is the capital of France?", "Tell me three fruits.", "Give me a tip for better sleep."];
 const PURPOSE = "Your vote trains the model that answers you. Who wrote which is shown after it.";
+const CUT = "This answer reached the longest length and was cut off.";
 const SAVE_AGAIN_MS = 10_000;
 
 const log = find("log");
@@ -71,6 +73,7 @@ function drawTurn(turn, index, bodies) {
     { class: "turn assistant", "aria-label": "Answer" },
     body,
     turn.stopped && el("p", { class: "note" }, "You stopped this answer."),
+    turn.cut && el("p", { class: "note" }, CUT),
     turn.pair && drawVerdict(turn, last, bodies),
     el(
       "div",
@@ -97,8 +100,7 @@ function drawPair(turn, bodies) {
     return element;
   });
   const pair = votingPair(elements, turn);
-  pair.open();
-  openPair = pair;
+  openVote(pair, turn);
   return pair.element;
 }
 
@@ -106,9 +108,15 @@ function votingPair(elements, turn) {
   return new Pair(elements, (choice, comment) => choose(turn, choice, comment), { purpose: PURPOSE });
 }
 
+function openVote(pair, turn) {
+  turn.pair.cut?.forEach((cut, index) => cut && pair.note(index, CUT));
+  pair.open();
+  openPair = pair;
+}
+
 /** What was voted, and who wrote which. */
 function drawVerdict(turn, last, bodies) {
-  const { answers, choice, policies } = turn.pair;
+  const { answers, cut, choice, policies } = turn.pair;
   const other = el("div", { class: "prose", dir: "auto" });
   const shown = choice === "b" ? 1 : 0;
   bodies.push([answers[1 - shown], other]);
@@ -122,7 +130,7 @@ function drawVerdict(turn, last, bodies) {
     "div",
     { class: "verdict" },
     el("p", {}, `${SAID[choice]}${goesOn}. ${wrote} `, last && !asking && canChange(turn.pair) && change),
-    el("details", {}, el("summary", {}, "The other answer"), other),
+    el("details", {}, el("summary", {}, "The other answer"), other, cut?.[1 - shown] && el("p", { class: "note" }, CUT)),
   );
 }
 
@@ -176,6 +184,7 @@ async function writeAnswer(signal) {
   log.append(live);
   scrollToEnd();
   let pair, turn, policy, comparison;
+  const cut = [false, false];
   const request = {
     model: session.model,
     messages: own.turns.map(({ role, content }) => ({ role, content })),
@@ -185,7 +194,7 @@ async function writeAnswer(signal) {
     for await (const chunk of streamChat(request, signal)) {
       policy = chunk.system_fingerprint ?? policy;
       comparison = chunk.comparison ?? comparison;
-      for (const { index, delta } of chunk.choices) {
+      for (const { index, delta, finish_reason } of chunk.choices) {
         if (index === 1 && !pair) {
           texts.push(new GrowingText(onPaint));
           turn = { role: "assistant", content: "", policy: null, stopped: false, pair: null };
@@ -193,12 +202,13 @@ async function writeAnswer(signal) {
           live.replaceWith(pair.element);
         }
         if (delta.content) texts[index].add(delta.content);
+        if (finish_reason === "length") cut[index] = true;
       }
     }
     if (comparison && pair) {
-      turn.pair = { ...comparison, answers: texts.map((text) => text.text), choice: null, policies: null };
+      turn.pair = { ...comparison, answers: texts.map((text) => text.text), cut, choice: null, policies: null };
     } else {
-      turn = { role: "assistant", content: texts[0].text, policy: policy ?? null, stopped: false, pair: null };
+      turn = { role: "assistant", content: texts[0].text, policy: policy ?? null, stopped: false, cut: cut[0], pair: null };
     }
   } catch (error) {
     if (!signal.aborted) {
@@ -215,8 +225,7 @@ async function writeAnswer(signal) {
   endAsking(noteScroll);
   save(own);
   if (comparison && pair) {
-    pair.open();
-    openPair = pair;
+    openVote(pair, turn);
     announce("Both answers have ended. Which is better?");
     focusVote();
     if (follow) scrollToEnd();
@@ -224,7 +233,7 @@ async function writeAnswer(signal) {
     if (turn) await drawAgain(own.turns.length - 1);
     else (pair?.element ?? live).remove();
     if (follow) scrollToEnd();
-    announce(signal.aborted ? "Stopped." : "The answer is complete.");
+    announce(signal.aborted ? "Stopped." : turn.cut ? "The answer was cut off at the longest length." : "The answer is complete.");
     if (!turn) showFailure(new Error("You stopped before the answer began."));
   }
 }
@@ -302,8 +311,10 @@ async function stop() {
 // Voting
 
 function settle(turn, choice) {
+  const shown = choice === "b" ? 1 : 0;
   turn.pair.choice = choice;
-  turn.content = turn.pair.answers[choice === "b" ? 1 : 0];
+  turn.content = turn.pair.answers[shown];
+  turn.cut = turn.pair.cut?.[shown] ?? false;
 }
 
 function choose(turn, choice, comment) {

@@ -55,12 +55,18 @@ export class Pair {
       el("div", { class: "row" }, el("label", { class: "comment" }, el("span", { class: "unseen" }, "Comment"), this.comment), this.skip),
     );
     const names = ["First answer", "Second answer"];
+    this.cards = bodies.map((body, index) => el("article", { class: "card", "aria-label": names[index] }, body));
     this.element = el(
       "section",
       { class: "pair", "aria-label": "Two answers" },
-      el("div", { class: "answers" }, bodies.map((body, i) => el("article", { class: "card", "aria-label": names[i] }, body))),
+      el("div", { class: "answers" }, this.cards),
       this.vote,
     );
+  }
+
+  /** Say something of one answer, below it. */
+  note(index, text) {
+    this.cards[index].append(el("p", { class: "note" }, text));
   }
 
   /** Take votes from now on, by button and by key. */

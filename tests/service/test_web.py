@@ -184,6 +184,18 @@ async def test_a_key_in_the_header_counts_before_a_cookie(house: House, cookie: 
     assert (await call(house, "GET", "/v1/session", headers)).status == 401
 
 
+async def test_what_a_proxy_in_front_asks_for_displaces_no_cookie(house: House, cookie: dict[str, str]) -> None:
+    basic = {"Authorization": "Basic c29tZWJvZHk6c2VjcmV0"}
+    answer = await call(house, "GET", "/v1/session", cookie | basic)
+    assert (answer.status, answer.json["role"]) == (200, "user")
+    assert (await call(house, "POST", "/v1/conversations", cookie | basic, json=TALK)).status == 201
+    for headers in (cookie | basic, cookie):
+        answer = await call(house, "POST", "/v1/conversations", headers | {"X-CSRF-Token": ""}, json=TALK)
+        assert (answer.status, answer.json["error"]["code"]) == (403, "bad_csrf_token")
+    answer = await call(house, "GET", "/v1/session", basic)
+    assert (answer.status, answer.json["error"]["code"]) == (401, "missing_api_key")
+
+
 # Pages and files
 
 

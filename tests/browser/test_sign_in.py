@@ -74,6 +74,47 @@ async def test_signing_in_again_leads_back_to_the_conversation_that_was_open(hou
     await expect(page.get_by_role("article", name="Answer")).to_contain_text("Hi there.")
 
 
+async def test_what_was_asked_when_the_session_was_over_is_in_the_composer_after_signing_in(
+    house: House, open_page: OpenPage, db: Database
+) -> None:
+    page = await open_page(house)
+    message = page.get_by_label("Message", exact=True)
+    await message.fill("Hello")
+    await page.keyboard.press("Enter")
+    await eventually(lambda: _is_kept(house, "Hi there."))
+    with transaction(db):
+        db.execute("DELETE FROM sessions")
+    await message.fill("A long story")
+    await page.keyboard.press("Enter")
+    await page.locator(".failure").get_by_role("button", name="Sign in").click()
+    await page.get_by_label("API key").fill(house.tokens[Role.RATER])
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("link", name="Rate")).to_be_visible()
+    await expect(message).to_have_value("")
+    await page.get_by_role("button", name="Sign out").click()
+    await page.get_by_label("API key").fill(house.tokens[Role.USER])
+    await page.keyboard.press("Enter")
+    await expect(message).to_have_value("A long story")
+    await page.reload()
+    await expect(page.get_by_role("button", name="Sign out")).to_be_visible()
+    assert await page.evaluate("sessionStorage.length") == 0
+
+
+async def test_a_message_that_another_session_in_this_browser_kept_from_being_sent_is_there_after_a_reload(
+    house: House, open_page: OpenPage, db: Database
+) -> None:
+    page = await open_page(house)
+    with transaction(db):
+        secret = sessions.create(db, house.keys[Role.USER].id, lasts_s=600.0)
+    await page.context.add_cookies([{"name": COOKIE, "value": secret, "url": house.url}])
+    await page.get_by_label("Message", exact=True).fill("Hello")
+    await page.keyboard.press("Enter")
+    await page.get_by_role("button", name="Reload").click()
+    await expect(page.get_by_label("Message", exact=True)).to_have_value("Hello")
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_role("article", name="Answer")).to_contain_text("Hi there.")
+
+
 async def _is_kept(house: House, answer: str) -> bool:
     return any(answer in row["messages"] for row in await house.rows("conversations"))
 

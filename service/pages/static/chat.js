@@ -252,9 +252,28 @@ function endAsking(noteScroll) {
 
 function showFailure(error, live) {
   live?.classList.add("broken");
-  const again = error.status === 401 ? button("Sign in", () => location.reload()) : button("Try again", ask);
+  const opens = error.status === 401 ? "Sign in" : error.code === "bad_csrf_token" && "Reload";
+  const again = opens ? button(opens, openAnew) : button("Try again", ask);
   log.append(el("div", { class: "failure", role: "alert" }, el("p", {}, error.message), again));
   scrollToEnd();
+}
+
+const unanswered = () => `nightshift.unanswered.${session.key}`; // another user of this browser must not say it
+
+/** Where the session is over, the service does not keep what was asked last. */
+function openAnew() {
+  const last = talk.turns.at(-1);
+  if (last?.role === "user") sessionStorage.setItem(unanswered(), last.content);
+  location.reload();
+}
+
+function restoreUnanswered() {
+  const text = sessionStorage.getItem(unanswered());
+  sessionStorage.removeItem(unanswered());
+  const last = talk.turns.at(-1);
+  if (!text || message.value || (last?.role === "user" && last.content === text)) return;
+  message.value = text;
+  message.focus();
 }
 
 function askAgain() {
@@ -557,4 +576,5 @@ if (session) {
     await drawTalk();
     message.focus();
   }
+  restoreUnanswered();
 }

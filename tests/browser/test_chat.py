@@ -805,6 +805,21 @@ async def test_on_a_phone_the_conversations_are_behind_a_button(
     await expect(page.get_by_role("button", name="Conversations", exact=True)).to_be_focused()
 
 
+async def test_what_closes_the_conversations_on_a_phone_skips_no_pair(
+    house: House, asked: FakeEngine, open_page: OpenPage
+) -> None:
+    await always(house)
+    page = await open_page(house, viewport=PHONE)
+    await ask(page, "Hello")
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    await page.get_by_role("button", name="Conversations", exact=True).click()
+    await page.keyboard.press("Escape")
+    await expect(page.get_by_role("button", name="New conversation")).to_be_hidden()
+    await expect(page.get_by_role("button", name="Skip")).to_be_enabled()
+    await page.keyboard.press("Escape")
+    await expect(page.locator(".verdict")).to_contain_text("You skipped this one")
+
+
 async def test_all_of_it_by_keyboard(house: House, asked: FakeEngine, open_page: OpenPage) -> None:
     """A conversation, an edit, a way back to it and its end, without a mouse."""
     page = await open_page(house)

@@ -90,7 +90,7 @@ export class Pair {
   #onKey = (event) => {
     const choice = this.keys[event.key.length === 1 ? event.key.toLowerCase() : event.key];
     if (!choice || event.repeat || event.ctrlKey || event.metaKey || event.altKey || event.shiftKey) return;
-    if (document.querySelector("dialog[open]")) return;
+    if (document.querySelector("dialog[open], body.drawer-open")) return;
     if (event.target.closest("textarea, input")) {
       // There the arrows move in the text; Esc leaves it, and the next key votes.
       if (choice === "skip" && event.target === this.comment) this.vote.focus();

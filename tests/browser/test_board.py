@@ -245,6 +245,12 @@ async def test_the_trial_is_drawn_and_told_and_its_pairs_are_read(
     await expect(read.first.locator("strong")).to_have_text("Paris")
     await expect(read.filter(has_text="1 vote")).to_have_count(2)
     await expect(page.get_by_role("article", name=f"Answer of {BASE_POLICY}").filter(has_text="Rome")).to_have_count(3)
+    await page.context.set_offline(True)
+    await page.get_by_role("button", name="Draw others").click()
+    await expect(page.get_by_text("The pairs cannot be had.")).to_be_visible()
+    await page.context.set_offline(False)
+    await page.get_by_role("button", name="Draw others").click()
+    await expect(page.get_by_text("The pairs cannot be had.")).to_have_count(0)
 
     await house.vote(add_pair(house.keys[Role.USER].id, answers=answers, policies=policies, duel_id=duel.id), "a")
     await expect(trial).to_contain_text("75% of 4 decisive votes")

@@ -386,7 +386,8 @@ async function showPolicy(minute) {
 
 async function readPairs(name) {
   try {
-    await showPairs(find("pairs"), name, () => find("pairs").replaceChildren());
+    await showPairs(find("pairs"), name, { onAgain: () => readPairs(name), onClose: () => find("pairs").replaceChildren() });
+    notice("pairs");
   } catch (error) {
     notice("pairs", `The pairs cannot be had. ${error.message}`);
   }

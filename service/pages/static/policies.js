@@ -117,9 +117,9 @@ function swapSentence(swap, board) {
 }
 
 /** Draw pairs of answers that the policy and another one gave to the same prompts, into `container`. Throws ApiError. */
-export async function showPairs(container, name, onClose) {
+export async function showPairs(container, name, { onAgain, onClose }) {
   const { data } = await call("GET", `/v1/policies/${encodeURIComponent(name)}/pairs?limit=${PAIRS}`);
-  const again = button("Draw others", () => showPairs(container, name, onClose), { "data-key": "others" });
+  const again = button("Draw others", onAgain, { "data-key": "others" });
   const close = button("Close", onClose, { class: "quiet" });
   const title = el("h3", { tabindex: "-1" }, `What ${name} says beside the others`);
   const head = el("div", { class: "sheet-head" }, title, el("div", { class: "row" }, data.length > 0 && again, close));

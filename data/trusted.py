@@ -11,7 +11,7 @@ from sqlite_utils import Database
 
 from data import audit
 from data.ids import new_id
-from data.types import MessageRole, timestamp
+from data.types import Choice, MessageRole, timestamp
 
 ROLES = get_args(MessageRole)
 
@@ -30,16 +30,21 @@ class TrustedPair:
     rejected: str
 
 
-def import_lines(db: Database, lines: Iterable[str], *, actor: str) -> tuple[int, int]:
+def import_lines(db: Database, lines: Iterable[str], *, actor: str) -> tuple[int, int, int]:
     """Read TRL's preference format, conversational or plain: a JSON object a line with `prompt`, `chosen` and
-    `rejected`. All lines are taken or, where one is bad, none.
+    `rejected`. All lines are taken or, where one is bad, none. Of our own export, votes for neither answer are left
+    out: `chosen` is the first answer there, and not the better.
 
-    Returns how many were new and how many were known already. Raises BadPair. Call inside a transaction."""
-    new = known = 0
+    Returns how many were new, known already, and left out. Raises BadPair. Call inside a transaction."""
+    new = known = left_out = 0
     for number, line in enumerate(lines, start=1):
         if not line.strip():
             continue
-        messages, chosen, rejected = _read(line, number)
+        record = _read(line, number)
+        if record.get("choice") in (Choice.TIE, Choice.BOTH_BAD):
+            left_out += 1
+            continue
+        messages, chosen, rejected = _pair(record, number)
         prompt = json.dumps(messages, ensure_ascii=False)
         digest = hashlib.sha256(json.dumps([messages, chosen, rejected]).encode()).hexdigest()
         row = db.execute(
@@ -49,7 +54,7 @@ def import_lines(db: Database, lines: Iterable[str], *, actor: str) -> tuple[int
         ).fetchone()
         new, known = (new + 1, known) if row else (new, known + 1)
     audit.record(db, actor=actor, action="trusted.import", subject=f"{new} pairs")
-    return new, known
+    return new, known, left_out
 
 
 def list_pairs(db: Database) -> list[TrustedPair]:
@@ -58,14 +63,18 @@ def list_pairs(db: Database) -> list[TrustedPair]:
     return [TrustedPair(id, json.loads(prompt), chosen, rejected) for id, prompt, chosen, rejected in rows]
 
 
-def _read(line: str, number: int) -> tuple[list[dict[str, Any]], str, str]:
+def _read(line: str, number: int) -> dict[str, Any]:
     try:
-        record = json.loads(line)
+        record: object = json.loads(line)
         json.dumps(record, ensure_ascii=False).encode()  # half surrogates can be read, and not kept
     except (ValueError, RecursionError) as error:
         raise BadPair(f"Line {number} is not JSON ({error}).") from None
     if not isinstance(record, dict) or not {"prompt", "chosen", "rejected"} <= record.keys():
         raise BadPair(f"Line {number} is not an object with prompt, chosen and rejected.")
+    return record
+
+
+def _pair(record: dict[str, Any], number: int) -> tuple[list[dict[str, Any]], str, str]:
     prompt = record["prompt"]
     messages = [{"role": "user", "content": prompt}] if isinstance(prompt, str) else prompt
     if not _is_talk(messages) or messages[-1]["role"] == "assistant":

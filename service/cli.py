@@ -363,10 +363,14 @@ def votes_import_trusted(file: Path, state: State = None, json: Json = False) ->
     with open_record(state) as db:
         try:
             with transaction(db):
-                new, known = trusted.import_lines(db, lines, actor="cli")
+                new, known, left_out = trusted.import_lines(db, lines, actor="cli")
         except trusted.BadPair as error:
             raise fail(f"{error} Nothing was imported.") from None
-    typer.echo(jsonlib.dumps({"new": new, "known": known}) if json else f"{new} new pairs, {known} known already")
+    if json:
+        typer.echo(jsonlib.dumps({"new": new, "known": known, "left_out": left_out}))
+        return
+    rest = f", {left_out} left out (votes for neither answer)" if left_out else ""
+    typer.echo(f"{new} new pairs, {known} known already{rest}")
 
 
 @users_app.command("forget")

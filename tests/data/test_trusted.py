@@ -24,15 +24,15 @@ def db(tmp_path: Path) -> Iterator[Database]:
     db.close()
 
 
-def take(db: Database, *records: object) -> tuple[int, int]:
+def take(db: Database, *records: object) -> tuple[int, int, int]:
     with transaction(db):
         return trusted.import_lines(db, [json.dumps(record) for record in records], actor="cli")
 
 
 def test_both_of_trls_forms_are_read_and_nothing_twice(db: Database) -> None:
     plain = {"prompt": "Is the sun a star?", "chosen": "Yes.", "rejected": "No."}
-    assert take(db, GOOD, GOOD | {"rejected": "A planet."}) == (2, 0)
-    assert take(db, plain) == (0, 1)
+    assert take(db, GOOD, GOOD | {"rejected": "A planet."}) == (2, 0, 0)
+    assert take(db, plain) == (0, 1, 0)
     first = trusted.list_pairs(db)[0]
     assert (first.messages, first.chosen, first.rejected) == (GOOD["prompt"], "Yes.", "No.")
 
@@ -55,3 +55,9 @@ def test_one_bad_line_and_nothing_is_taken(db: Database, bad: object, says: str)
     with pytest.raises(trusted.BadPair, match=says):
         take(db, GOOD, bad)
     assert trusted.list_pairs(db) == []
+
+
+def test_votes_of_our_export_that_are_for_neither_answer_are_left_out(db: Database) -> None:
+    votes = [GOOD | {"prompt": f"{choice}?", "choice": choice} for choice in ("a", "tie", "both_bad", "b")]
+    assert take(db, *votes) == (2, 0, 2)
+    assert [pair.messages[0]["content"] for pair in trusted.list_pairs(db)] == ["a?", "b?"]

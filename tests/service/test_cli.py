@@ -322,6 +322,17 @@ def test_an_export_that_cannot_be_written_says_why(nightshift: Command, vote: st
     assert (result.exit_code, "Is a directory" in result.stderr) == (1, True)
 
 
+def test_of_our_own_export_the_ties_are_not_trusted(nightshift: Command, vote: str, tmp_path: Path) -> None:
+    lines = [json.loads(nightshift("votes", "export").stdout)]
+    lines.append(lines[0] | {"choice": "tie"})
+    file = tmp_path / "mine.jsonl"
+    file.write_text("\n".join(map(json.dumps, lines)))
+    said = nightshift("votes", "import-trusted", str(file)).stdout
+    assert said == "1 new pairs, 0 known already, 1 left out (votes for neither answer)\n"
+    again = json.loads(nightshift("votes", "import-trusted", str(file), "--json").stdout)
+    assert again == {"new": 0, "known": 1, "left_out": 1}
+
+
 def test_policies_are_listed(nightshift: Command) -> None:
     (row,) = json.loads(nightshift("policies", "list", "--json").stdout)
     assert (row["name"], row["status"], row["parent"]) == ("policy-0000", "promoted", None)

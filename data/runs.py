@@ -15,6 +15,8 @@ from data.types import Run, RunStatus, timestamp
 
 HEARTBEAT_STALE_S = 60.0
 """A running run whose heartbeat is older than this, or further ahead, has no process any more."""
+INTERRUPTED = "The service stopped before it was done: a fresh run begins in its place when the service starts again."
+"""The error of a run that ended since the service stopped."""
 _STALE = "heartbeat_at NOT BETWEEN ? AND ?"
 
 _COLUMNS = (
@@ -84,22 +86,45 @@ def cancel(db: Database, id: str, *, actor: str) -> Run:
     """Cancel a queued run, or one that lost its process; ask a running one to stop. One that has ended stays as it is.
     Raises UnknownRun. Call inside a transaction."""
     now = timestamp()
+    # Where the service stops just now, it does not begin again either.
+    db.execute("UPDATE runs SET cancel_requested_at = ?, error = NULL WHERE id = ? AND status = 'running'", (now, id))
     db.execute(
         "UPDATE runs SET status = 'cancelled', ended_at = ? WHERE id = ?"
         f" AND (status = 'queued' OR (status = 'running' AND {_STALE}))",
         (now, id, *_fresh()),
     )
-    db.execute("UPDATE runs SET cancel_requested_at = ? WHERE id = ? AND status = 'running'", (now, id))
     run = get(db, id)
     audit.record(db, actor=actor, action="run.cancel", subject=id)
+    return run
+
+
+def interrupt(db: Database, id: str) -> None:
+    """Ask a running run to stop since the service does, and have `resume` ask for another in its place, also where it
+    has stopped by itself: a machine that goes down tells all processes. Nothing where somebody asked it to stop. Call
+    inside a transaction."""
+    db.execute(
+        "UPDATE runs SET cancel_requested_at = ?, error = ? WHERE id = ? AND cancel_requested_at IS NULL"
+        " AND (status = 'running' OR (status = 'cancelled' AND started_at IS NOT NULL))",
+        (timestamp(), INTERRUPTED, id),
+    )
+
+
+def resume(db: Database) -> Run | None:
+    """Where the latest run was interrupted and has ended, queue a fresh one like it. Call inside a transaction."""
+    latest = next(iter(list_runs(db, limit=1)), None)
+    if latest is None or latest.error != INTERRUPTED or latest.ended_at is None:
+        return None
+    run = request(db, requested_by=latest.requested_by, config=latest.config)
+    audit.record(db, actor="clock", action="run.resume", subject=run.id)
     return run
 
 
 def finish(db: Database, id: str, status: RunStatus, *, error: str | None = None) -> None:
     """End a running run. Raises RunLost where it is not running any more. Call inside a transaction."""
     row = db.execute(
-        "UPDATE runs SET status = ?, error = ?, ended_at = ? WHERE id = ? AND status = 'running' RETURNING id",
-        (status, error, timestamp(), id),
+        "UPDATE runs SET status = :status, error = iif(:status = 'succeeded', NULL, coalesce(error, :error)),"
+        " ended_at = :now WHERE id = :id AND status = 'running' RETURNING id",
+        {"status": status, "error": error, "now": timestamp(), "id": id},
     ).fetchone()
     if row is None:
         raise RunLost(id)
@@ -110,7 +135,8 @@ def record_death(db: Database, id: str, *, pid: int, error: str) -> bool:
     asked for that, else failed. False where it had ended the run, or the run is another process's. Call inside a
     transaction."""
     row = db.execute(
-        "UPDATE runs SET status = iif(cancel_requested_at IS NULL, 'failed', 'cancelled'), error = ?, ended_at = ?"
+        "UPDATE runs SET status = iif(cancel_requested_at IS NULL, 'failed', 'cancelled'),"
+        " error = coalesce(error, ?), ended_at = ?"
         " WHERE id = ? AND (status = 'queued' OR (status = 'running' AND pid = ?)) RETURNING id",
         (error, timestamp(), id, pid),
     ).fetchone()
@@ -128,8 +154,8 @@ def give_up_the_dead(db: Database, *, but_living: bool = False) -> list[str]:
     dead = [id for id, pid in stale if not (but_living and _lives(pid))]
     for id in dead:
         db.execute(
-            "UPDATE runs SET status = 'failed', ended_at = ?, error = 'Its process died. Start another run: nothing of"
-            " this one is in use.' WHERE id = ?",
+            "UPDATE runs SET status = 'failed', ended_at = ?, error = coalesce(error, 'Its process died. Start another"
+            " run: nothing of this one is in use.') WHERE id = ?",
             (timestamp(), id),
         )
     return dead

@@ -7,7 +7,7 @@ holds the lease ticks.
 
 A run is a process of its own, in a session of its own: hours of training are worth more than a process that only keeps
 the time, so a run goes on where its clock is killed, and the clock that comes next finds it in the record. A clock that
-is asked to stop ends its run in order first.
+is asked to stop ends its run in order first, and the next asks for that run again.
 """
 
 import logging
@@ -140,9 +140,12 @@ class Clock:
             if give_up:
                 runs.give_up_the_dead(self._db)
                 schedules.set_right(self._db)
+            resumed = runs.resume(self._db) if self._holds and self._started is None else None
         self._renewed = time.monotonic()
         if self._holds != held:
             log.info("This clock ticks" if self._holds else "Another clock ticks")
+        if resumed is not None:
+            log.info("%s is in the place of the run that a stop of the service ended", resumed.id)
 
     def _follow(self) -> None:
         """Answer what is due, and set an alarm for each moment that comes next. Its id changes with the schedule, and
@@ -251,7 +254,12 @@ class Clock:
             started.process.kill()
 
     def _end_ours(self, started: _Started, give_up: float) -> None:
-        started.process.terminate()
+        try:
+            with transaction(self._db):  # so that none that has not begun begins in between
+                runs.interrupt(self._db, started.run_id)
+                started.process.terminate()
+        except sqlite3.OperationalError:  # it ends as cancelled, then
+            started.process.terminate()
         try:
             started.process.wait(max(give_up - time.monotonic(), 0.0))
         except subprocess.TimeoutExpired:
@@ -262,12 +270,12 @@ class Clock:
             self._record_end()
 
     def _end_adopted(self, give_up: float) -> None:
-        """Cancel the run that an earlier clock started, if one is under way. One of `nightshift train` is not ours."""
+        """Interrupt the run under way that an earlier clock started. One of `nightshift train` is not ours."""
         run = runs.active(self._db)
         if run is None or run.status is not RunStatus.RUNNING or run.requested_by == "cli":
             return
         with transaction(self._db):
-            runs.cancel(self._db, run.id, actor="clock")
+            runs.interrupt(self._db, run.id)
         while time.monotonic() < give_up and runs.get(self._db, run.id).status is RunStatus.RUNNING:
             time.sleep(0.2)
 

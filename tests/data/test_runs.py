@@ -10,7 +10,7 @@ from sqlite_utils import Database
 
 from data import runs
 from data.database import connect, transaction
-from data.types import RunStatus
+from data.types import Run, RunStatus
 
 
 @pytest.fixture
@@ -108,3 +108,59 @@ def test_a_run_without_a_heartbeat_ends_by_an_operators_word(db: Database) -> No
         assert runs.cancel(db, id, actor="cli").status is RunStatus.CANCELLED
         with pytest.raises(runs.RunLost):
             runs.beat(db, id, stage="ppo")
+
+
+def interrupted(db: Database) -> str:
+    id = requested(db)
+    with transaction(db):
+        runs.claim(db)
+        runs.interrupt(db, id)
+        assert runs.beat(db, id, stage="ppo") is True
+        assert runs.resume(db) is None, "it has not ended"
+    return id
+
+
+def resumed(db: Database) -> Run | None:
+    with transaction(db):
+        return runs.resume(db)
+
+
+@pytest.mark.parametrize("end", ["in order", "failed on the way", "killed", "died with its clock"])
+def test_however_an_interrupted_run_ends_one_like_it_is_asked_for_once(
+    db: Database, end: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    id = interrupted(db)
+    monkeypatch.setattr(runs, "HEARTBEAT_STALE_S", -1.0)
+    with transaction(db):
+        if end == "killed":
+            assert runs.record_death(db, id, pid=os.getpid(), error="SIGKILL")
+        elif end == "died with its clock":
+            assert runs.give_up_the_dead(db) == [id]
+        else:
+            status = RunStatus.CANCELLED if end == "in order" else RunStatus.FAILED
+            runs.finish(db, id, status, error=None if end == "in order" else "the engine has gone")
+    assert runs.get(db, id).error == runs.INTERRUPTED
+    again = resumed(db)
+    assert again is not None
+    assert (again.status, again.requested_by, again.config) == (RunStatus.QUEUED, "cli", {"seed": 1})
+    assert resumed(db) is None
+
+
+@pytest.mark.parametrize("end", ["succeeded", "cancelled before", "cancelled after", "another came"])
+def test_what_needs_no_other_run_gets_none(db: Database, end: str) -> None:
+    if end == "cancelled before":
+        id = requested(db)
+        with transaction(db):
+            runs.claim(db)
+            runs.cancel(db, id, actor="cli")
+            runs.interrupt(db, id)
+    else:
+        id = interrupted(db)
+    with transaction(db):
+        if end == "cancelled after":
+            runs.cancel(db, id, actor="cli")
+        runs.finish(db, id, RunStatus.SUCCEEDED if end == "succeeded" else RunStatus.CANCELLED)
+    assert (runs.get(db, id).error == runs.INTERRUPTED) == (end == "another came")
+    if end == "another came":
+        requested(db)
+    assert resumed(db) is None

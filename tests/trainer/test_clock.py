@@ -314,8 +314,9 @@ def test_four_clocks_started_by_mistake_answer_each_of_200_ticks_once(settings: 
     requested = db.execute("SELECT count(*) FROM audit WHERE action = 'run.request'").fetchone()[0]
     joined = db.execute("SELECT count(*) FROM audit WHERE action = 'schedule.join'").fetchone()[0]
     ticks = db.execute("SELECT before, after FROM ticks ORDER BY rowid").fetchall()
+    resumed = db.execute("SELECT count(*) FROM audit WHERE action = 'run.resume'").fetchone()[0]
     assert requested == len(asked()) >= 200
-    assert requested + joined == len(ticks), "each tick has one answer"
+    assert requested - resumed + joined == len(ticks), "each tick has one answer"
     assert [before for before, _ in ticks] == [schedule.since, *(after for _, after in ticks[:-1])], "none is left out"
     for before, after in ticks:
         beats = (datetime.fromisoformat(after) - datetime.fromisoformat(before)) / timedelta(seconds=0.1)
@@ -411,8 +412,11 @@ def test_a_run_outlives_the_sleep_of_the_machine(settings: Settings, db: Databas
 # The ends of clocks
 
 
-def test_a_clock_that_is_asked_to_stop_ends_its_run_in_order(settings: Settings, db: Database) -> None:
-    id = request(db)
+def test_a_clock_that_is_asked_to_stop_ends_its_run_in_order_and_the_next_asks_again(
+    settings: Settings, db: Database
+) -> None:
+    with transaction(db):
+        id = runs.request(db, requested_by="key_1", config={"seed": 5}).id
     with clock_process(settings, "long") as process:
         run = until(lambda: running(db))
         process.terminate()
@@ -421,6 +425,43 @@ def test_a_clock_that_is_asked_to_stop_ends_its_run_in_order(settings: Settings,
     with pytest.raises(ProcessLookupError):
         os.kill(run.pid, 0)
     assert leases.holder_of(db, "clock") is None, "another clock need not wait"
+    with ticking(settings):
+        again = until(lambda: ended(db, runs.list_runs(db)[0].id) if len(runs.list_runs(db)) > 1 else None)
+    assert (again.status, again.requested_by, again.config) == (RunStatus.SUCCEEDED, "key_1", {"seed": 5})
+    assert [run.error for run in runs.list_runs(db)] == [None, runs.INTERRUPTED]
+
+
+def test_where_the_machine_tells_run_and_clock_to_end_the_next_clock_asks_again(
+    settings: Settings, db: Database
+) -> None:
+    id = request(db)
+    with clock_process(settings, "long") as process:
+        run = until(lambda: running(db))
+        with transaction(db):  # it must not stop while it writes
+            process.send_signal(signal.SIGSTOP)
+        os.kill(run.pid, signal.SIGTERM)
+        assert until(lambda: ended(db, id)).status is RunStatus.CANCELLED
+        process.terminate()
+        process.send_signal(signal.SIGCONT)
+        assert process.wait(60) == 0, clock_log(settings)
+    with ticking(settings):
+        until(lambda: len(runs.list_runs(db)) == 2)
+
+
+def test_a_run_that_somebody_cancelled_does_not_begin_again(
+    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(clock, "STOP_S", 0.2)
+    id = request(db)
+    with ticking(settings, "deaf"):
+        until(lambda: running(db))
+        with transaction(db):
+            runs.cancel(db, id, actor="test")
+    assert runs.get(db, id).status is RunStatus.CANCELLED
+    with ticking(settings):
+        last = add(db, ScheduleKind.EVERY, "1s")
+        until(lambda: schedules.get(db, last.id).last_run)
+    assert {run.requested_by for run in runs.list_runs(db)} == {"key_1", last.id}
 
 
 def test_a_run_goes_on_where_its_clock_is_killed_and_the_next_clock_ends_it(settings: Settings, db: Database) -> None:
@@ -441,6 +482,8 @@ def test_a_run_goes_on_where_its_clock_is_killed_and_the_next_clock_ends_it(sett
         assert process.wait(60) == 0, clock_log(settings)
     assert runs.get(db, id).status is RunStatus.CANCELLED
     assert len(runs.list_runs(db)) == 1
+    with ticking(settings):
+        until(lambda: len(runs.list_runs(db)) == 2)
 
 
 def test_a_run_that_had_not_begun_when_the_clock_stopped_waits_for_the_next(settings: Settings, db: Database) -> None:
@@ -489,5 +532,6 @@ def test_a_run_that_does_not_end_is_killed(settings: Settings, db: Database, mon
     with ticking(settings, "deaf"):
         until(lambda: running(db))
     run = runs.get(db, id)
-    assert run.status is RunStatus.FAILED
-    assert "SIGKILL" in (run.error or "")
+    assert (run.status, run.error) == (RunStatus.CANCELLED, runs.INTERRUPTED)
+    with ticking(settings):
+        until(lambda: len(runs.list_runs(db)) == 2)

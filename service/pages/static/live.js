@@ -103,7 +103,7 @@ export class LiveRun {
       running: `${run.cancel_requested_at ? "It is being cancelled" : "It runs"}: ${run.stage ?? "starting"}${run.stage === "ppo" && step !== undefined ? `, step ${step + 1}` : ""}.`,
       succeeded: "It has ended well.",
       failed: `It failed. ${run.error ?? ""}`,
-      cancelled: "It was cancelled.",
+      cancelled: run.error ?? "It was cancelled.",
     }[run.status];
     this.head.replaceChildren(
       el(

@@ -11,7 +11,7 @@ const RELATIVE = new Intl.RelativeTimeFormat("en", { numeric: "always" });
 const EXACT = new Intl.DateTimeFormat(undefined, { dateStyle: "medium", timeStyle: "short" });
 const DAY = new Intl.DateTimeFormat(undefined, { day: "numeric", month: "short", timeZone: "UTC" });
 
-const ACTORS = { cli: "The command line", trial: "A trial", watch: "The watch over a new policy", trainer: "The trainer" };
+const ACTORS = { clock: "The clock", cli: "The command line", trial: "A trial", watch: "The watch over a new policy", trainer: "The trainer" };
 const ACTS = {
   "key.create": "made a key",
   "key.revoke": "revoked a key",
@@ -21,6 +21,7 @@ const ACTS = {
   "rater.reconsider": "left to the next run the votes of",
   "run.cancel": "cancelled",
   "run.request": "asked for",
+  "run.resume": "begins again, as",
   "schedule.create": "added a schedule",
   "schedule.edit": "changed a schedule",
   "schedule.join": "came due during",

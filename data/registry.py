@@ -280,10 +280,28 @@ def model_fingerprint(model: Path) -> str:
     return digest.hexdigest()
 
 
-def _safetensors_header(weights: Path) -> dict[str, dict[str, object]]:
+def check_weights(model: Path) -> None:
+    """Raises RegistryError where a weights file is not whole."""
+    for weights in sorted(model.glob("*.safetensors")):
+        _safetensors_header(weights)
+
+
+def _safetensors_header(weights: Path) -> dict[str, dict[str, Any]]:
+    """Raises RegistryError where the file is not whole."""
+    size = weights.stat().st_size
     with weights.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(8))
-        header: dict[str, dict[str, object]] = json.loads(file.read(length))
+        if (first := file.read(8)) == b"version ":
+            raise RegistryError(f"{weights} is Git LFS's pointer to the weights: fetch them with `git lfs pull`.")
+        length = int.from_bytes(first, "little")
+        try:
+            if len(first) < 8 or 8 + length > size:
+                raise ValueError("no whole header")
+            header: dict[str, dict[str, Any]] = json.loads(file.read(length))
+            ends = [tensor["data_offsets"][1] for name, tensor in header.items() if name != "__metadata__"]
+            if 8 + length + max(ends, default=0) > size:
+                raise ValueError("tensors are missing")
+        except (ValueError, LookupError, TypeError, AttributeError):
+            raise RegistryError(f"{weights} is not whole ({size} bytes of it are here): copy it again.") from None
     return header
 
 

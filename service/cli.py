@@ -3,7 +3,7 @@
 import json as jsonlib
 import sys
 import time
-from contextlib import suppress
+from contextlib import closing, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
@@ -66,7 +66,8 @@ def up(
 
     def ready(url: str, token: str | None) -> None:
         waiting.close()
-        link = f"{url}/sign-in#{_sign_in_code(settings, token)}" if token else None
+        code = _sign_in_code(settings, token) if token else None
+        link = f"{url}/sign-in#{code}" if code else None
         _say_ready(url, token, link, settings.chat.model_name, json=json)
 
     try:
@@ -106,19 +107,22 @@ class _Waiting:
             self._status.stop()
 
 
-def _sign_in_code(settings: "Settings", token: str) -> str:
-    """What signs a browser in as this key, once: a link goes into histories, where a key must not be."""
+def _sign_in_code(settings: "Settings", token: str) -> str | None:
+    """What signs a browser in as this key, once: a link goes into histories, where a key must not be. None where the
+    record cannot be written just now: the service goes on without."""
+    from pysqlite3 import dbapi2 as sqlite3
+
     from data import keys, sessions
     from data.database import connect, transaction
 
-    db = connect(settings.database)
     try:
-        key = keys.authenticate(db, token)
-        assert key is not None  # it was made a moment ago
-        with transaction(db):
-            return sessions.create_code(db, key.id)
-    finally:
-        db.close()
+        with closing(connect(settings.database)) as db:
+            key = keys.authenticate(db, token)
+            assert key is not None  # it was made a moment ago
+            with transaction(db):
+                return sessions.create_code(db, key.id)
+    except sqlite3.OperationalError:
+        return None
 
 
 def _say_ready(url: str, token: str | None, link: str | None, model: str, *, json: bool) -> None:
@@ -129,7 +133,10 @@ def _say_ready(url: str, token: str | None, link: str | None, model: str, *, jso
     if token is None:
         typer.echo("Make a key with: nightshift keys create --role user")
         return
-    typer.echo(f"Chat in your browser (the link works once, within the hour): {link}\n")
+    if link is None:
+        typer.echo(f"Chat in your browser: {url}/sign-in takes the key (no link: the record cannot be written now)\n")
+    else:
+        typer.echo(f"Chat in your browser (the link works once, within the hour): {link}\n")
     request = jsonlib.dumps({"model": model, "messages": [{"role": "user", "content": "Hello!"}]})
     typer.echo(f"API key (shown this once): {token}\n")
     typer.echo(

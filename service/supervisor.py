@@ -265,12 +265,13 @@ def find_model(model: str, *, download: bool = True) -> Path:
         if missing or not list(folder.glob("*.safetensors")):
             what = ", ".join(missing) or "*.safetensors"
             raise StartError(f"{folder} is not a model folder: it has no {what}. Save one there with save_pretrained.")
+        _check_weights(folder)
         return folder.resolve()
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
     try:
-        return Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=not download))
+        folder = Path(snapshot_download(model, allow_patterns=HUB_FILES, local_files_only=not download))
     except (HFValidationError, HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         if isinstance(error, LocalEntryNotFoundError) and not download:
             raise NotDownloaded(f"{model} is no folder here, and not in the cache of the Hugging Face hub") from None
@@ -280,26 +281,38 @@ def find_model(model: str, *, download: bool = True) -> Path:
             " Hugging Face id while the hub can be reached (--model)."
         ) from None
 
+    _check_weights(folder)
+    return folder
+
+
+def _check_weights(folder: Path) -> None:
+    try:
+        registry.check_weights(folder)
+    except registry.RegistryError as error:
+        raise StartError(str(error)) from None
+
 
 def _prepare_record(settings: Settings, model: Path, *, make_key: bool) -> str | None:
     try:
-        db = connect(settings.database)
+        with closing(connect(settings.database)) as db:
+            registry.ensure_base_policy(db, settings.state, model)
+            if not make_key:
+                return None
+            with transaction(db):
+                _, token = keys.create(
+                    db, role=Role.OPERATOR, feedback=Feedback.OFF, label=f"nightshift up {timestamp()}", actor="cli"
+                )
+            return token
     except sqlite3.DatabaseError as error:
-        raise StartError(
-            f"The record {settings.database} cannot be used ({error}). Restore it from a backup, or start anew with"
-            " another --state folder."
-        ) from None
-    try:
-        registry.ensure_base_policy(db, settings.state, model)
-        if not make_key:
-            return None
-        with transaction(db):
-            _, token = keys.create(
-                db, role=Role.OPERATOR, feedback=Feedback.OFF, label=f"nightshift up {timestamp()}", actor="cli"
-            )
-        return token
-    finally:
-        db.close()
+        if isinstance(error, sqlite3.IntegrityError | sqlite3.ProgrammingError):
+            raise  # a fault of ours
+        room = f"See that the disk of {settings.state} has room and works, then start again."
+        mend = {
+            sqlite3.SQLITE_BUSY: "Another process holds it: end that one, then start again.",
+            sqlite3.SQLITE_FULL: room,
+            sqlite3.SQLITE_IOERR: room,
+        }.get(error.sqlite_errorcode & 0xFF, "Restore it from a backup, or start anew with another --state folder.")
+        raise StartError(f"The record {settings.database} cannot be used ({error}). {mend}") from None
 
 
 def _children(settings: Settings, model: Path) -> list[Child]:

@@ -18,7 +18,7 @@ from rich.console import Console
 from sqlite_utils import Database
 from typer.testing import CliRunner
 
-from data import comparisons, keys
+from data import comparisons, database, keys
 from data.database import connect, transaction
 from data.settings import Settings
 from data.types import Choice, Feedback, Role
@@ -647,3 +647,22 @@ def test_up_says_why_it_cannot_start(nightshift: Command, tmp_path: Path, monkey
     result = nightshift("up", "--model", str(tmp_path / "nothing"), "--host", "127.0.0.1", "--port", "18765")
     assert result.exit_code == 1
     assert "is not a model folder" in result.stderr
+
+
+def test_up_goes_on_without_a_link_where_the_record_is_held(
+    nightshift: Command, db: Database, make_key: MakeKey, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    _, token = make_key()
+
+    async def up(settings: Settings, *, ready: Callable[[str, str], None], **_: object) -> None:
+        monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 100)
+        with transaction(db):
+            ready("http://house", token)
+
+    monkeypatch.setattr("service.supervisor.up", up)
+    monkeypatch.setenv("NIGHTSHIFT_STATE", "kept by monkeypatch")
+    result = nightshift("up")
+    assert result.exit_code == 0
+    assert "http://house/sign-in takes the key" in result.stdout
+    assert token in result.stdout
+    assert json.loads(nightshift("up", "--json").stdout)["sign_in"] is None

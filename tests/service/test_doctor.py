@@ -143,6 +143,11 @@ def test_a_model_folder_that_lacks_something_is_bad(healthy: Settings, missing: 
     assert ("*.safetensors" if missing == "model.safetensors" else missing) in check.mend
 
 
+def test_a_pointer_in_place_of_the_weights_is_bad(healthy: Settings) -> None:
+    (Path(healthy.model) / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n")
+    assert "git lfs pull" in bad(healthy)["Model"].mend
+
+
 @pytest.fixture
 def hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Path:
     """An empty cache of the Hugging Face hub; whoever asks the hub itself fails the test."""

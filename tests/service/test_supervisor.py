@@ -14,9 +14,10 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import pytest
+from sqlite_utils import Database
 
-from data import leases
-from data.database import connect
+from data import database, leases
+from data.database import connect, transaction
 from data.settings import EngineSettings, Settings, load_settings
 from service import supervisor
 from service.supervisor import Child, StartError
@@ -203,6 +204,48 @@ def test_a_folder_that_is_no_model_is_refused_by_what_it_lacks(tmp_path: Path, m
     (tmp_path / missing).unlink()
     with pytest.raises(StartError, match=missing.replace("model", r"\*")):
         supervisor.find_model(str(tmp_path))
+
+
+LFS_POINTER = b"version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [
+        (lambda whole: LFS_POINTER, r"model.safetensors is Git LFS's pointer.*`git lfs pull`"),
+        *((cut, r"model.safetensors is not whole.*copy it again") for cut in (
+            lambda whole: b"",
+            lambda whole: whole[:5],
+            lambda whole: whole[:20],
+            lambda whole: whole[:-1],
+            lambda whole: whole[:8] + b"[" + whole[9:],
+        )),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_whole_are_refused(tmp_path: Path, keep: Callable[[bytes], bytes], says: str) -> None:
+    weights = tiny_model(tmp_path) / "model.safetensors"
+    weights.write_bytes(keep(weights.read_bytes()))
+    with pytest.raises(StartError, match=says):
+        supervisor.find_model(str(tmp_path))
+
+
+def test_a_record_that_another_process_holds_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 100)
+    settings = Settings(state=tmp_path / "state")
+    with closing(connect(settings.database)) as db, transaction(db):
+        with pytest.raises(StartError, match=r"nightshift.db cannot be used \(database is locked\). Another process"):
+            supervisor._prepare_record(settings, tiny_model(tmp_path / "model"), make_key=True)
+
+
+def test_a_record_on_a_full_disk_is_said_to_be_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(db: Database, **_: object) -> None:
+        db.execute("PRAGMA max_page_count = 1")
+        db.execute("INSERT INTO audit (at, actor, action, subject) VALUES ('', '', '', hex(zeroblob(100000)))")
+
+    monkeypatch.setattr(supervisor.keys, "create", full)
+    settings = Settings(state=tmp_path / "state")
+    with pytest.raises(StartError, match=r"\(database or disk is full\). See that the disk of .* has room"):
+        supervisor._prepare_record(settings, tiny_model(tmp_path / "model"), make_key=True)
 
 
 def test_a_model_id_that_cannot_be_had_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

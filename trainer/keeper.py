@@ -3,8 +3,8 @@
 import os
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 
@@ -21,6 +21,16 @@ WORK_S = 2.0
 """Work between two waits: after short steps, a wait each would make hours of waiting out of minutes of work."""
 ROOM_BYTES = 2**20
 """Set aside on the disk while a run is under way, so that on a full one its end can still be written down."""
+
+
+@contextmanager
+def _unless_busy() -> Iterator[None]:
+    """Hours of training are worth more than one line of how they go on."""
+    try:
+        yield
+    except sqlite3.OperationalError as error:
+        if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY:
+            raise
 
 
 class Cancelled(Exception):
@@ -62,13 +72,14 @@ class Keeper:
 
     def stage(self, name: str) -> None:
         self._stage = name
-        self._beat()
+        with _unless_busy():
+            self._beat()
         self._raise_if_over()
 
     def figures(self, step: int, figures: dict[str, float]) -> None:
-        """Keep the figures of a step, under the stage's name."""
+        """Keep the figures of a step, under the stage's name; where another writes for long, go on without them."""
         prefix = self._stage.replace(" ", "_")
-        with self._lock, transaction(self._db):
+        with _unless_busy(), self._lock, transaction(self._db):
             runs.add_metrics(self._db, self._run_id, step, {f"{prefix}/{k}": v for k, v in figures.items()})
         self._raise_if_over()
 

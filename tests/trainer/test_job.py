@@ -22,7 +22,7 @@ from safetensors import SafetensorError
 from sqlite_utils import Database
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from data import comparisons, completions, keys, learning, raters, registry, runs
+from data import comparisons, completions, database, keys, learning, raters, registry, runs
 from data.database import connect, transaction
 from data.settings import EngineSettings, GateSettings, Settings, TrainingSettings
 from data.types import Choice, Feedback, PolicyStatus, Role, RunStatus
@@ -614,6 +614,23 @@ def test_however_short_its_steps_a_run_works_before_it_waits_again(
             waits.append(keep.wait_while(chatting, limit_s=5.0, waiting=lambda waited_s: None))
     assert [step for step, waited in enumerate(waits, start=1) if waited] == [16, 32, 48, 64, 80]
     assert now == 1000.0 + 80 * 0.125 + 5 * 5.0
+
+
+def test_a_run_outlives_who_writes_for_long_without_its_figures(
+    settings: Settings, db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(database, "BUSY_TIMEOUT_MS", 50)
+    id = request(db)
+    with transaction(db):
+        runs.claim(db)
+    with keeper.Keeper(settings.database, id) as keep:
+        with transaction(db):
+            keep.stage("ppo")
+            keep.figures(0, {"kl": 1.0})
+        keep.figures(1, {"kl": 2.0})
+        with transaction(db), pytest.raises(sqlite3.OperationalError, match="locked"):
+            keep.finish(RunStatus.SUCCEEDED)
+    assert runs.metrics(db, id) == {"ppo/kl": [(1, 2.0)]}
 
 
 def test_a_run_that_waits_can_be_cancelled(

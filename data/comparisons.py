@@ -44,6 +44,13 @@ class QueuedPair:
     until: str
 
 
+_COUNTED = (
+    "EXISTS (SELECT 1 FROM votes WHERE comparison_id = comparisons.id AND key_id NOT IN"
+    " (SELECT key_id FROM quarantines WHERE status = 'confirmed'))"
+)
+"""Whether somebody voted on a pair whose votes are not left out for good."""
+
+
 def insert(db: Database, comparison: Comparison) -> None:
     """Call inside the transaction that inserts its two completions, after them."""
     c = comparison
@@ -129,7 +136,7 @@ def vote(
             " VALUES (?, ?, ?, ?, ?, ?, ?, ?)",
             (cast.id, comparison_id, key_id, choice, comment, cast.decided_ms, at, at),
         )
-        db.execute("UPDATE comparisons SET waits = 0 WHERE id = ? AND waits = 1", (comparison_id,))
+        db.execute(f"UPDATE comparisons SET waits = 0 WHERE id = ? AND waits = 1 AND {_COUNTED}", (comparison_id,))
         return CastVote(cast, policy_a, policy_b)
 
     before = Vote(row[0], row[1], row[2], Choice(row[3]), *row[4:])
@@ -148,11 +155,22 @@ def vote(
     return CastVote(after, policy_a, policy_b)
 
 
+def requeue(db: Database, key_id: str) -> None:
+    """Have those of the pairs that this key voted on wait for raters that have no vote that counts, and no others.
+    Call inside the transaction that rules on the key's votes."""
+    db.execute(
+        f"UPDATE comparisons SET waits = NOT {_COUNTED} WHERE id IN (SELECT comparison_id FROM votes WHERE key_id = ?)"
+        " AND (SELECT messages FROM completions WHERE completions.id = a) <> '[]'",
+        (key_id,),
+    )
+
+
 _UNRATED = (
     "SELECT comparisons.id, first.messages, first.answer, second.answer, mine.until FROM comparisons"
     " JOIN completions AS first ON first.id = a JOIN completions AS second ON second.id = b"
     " LEFT JOIN holds AS mine ON mine.comparison_id = comparisons.id AND mine.key_id = :key"
     " WHERE waits = 1 AND mine.passed_at IS NULL"
+    " AND NOT EXISTS (SELECT 1 FROM votes WHERE comparison_id = comparisons.id AND votes.key_id = :key)"
 )
 _NEXT = (
     f"{_UNRATED} AND comparisons.key_id <> :key"
@@ -162,10 +180,10 @@ _NEXT = (
 
 
 def next_for_rater(db: Database, *, key_id: str, lease_s: float) -> QueuedPair | None:
-    """The oldest pair that nobody voted on, now held for `lease_s` seconds by this rater; None when there is none.
+    """The oldest pair without a vote that counts, held for `lease_s` seconds by this rater now; None: there is none.
 
     Asking again gives the same pair until it is voted on, passed, or the hold is over. A rater's own chats are never
-    in their queue. Call inside a transaction."""
+    in their queue, nor what they voted on. Call inside a transaction."""
     given = {"key": key_id, "now": timestamp(), "until": timestamp(plus_s=lease_s)}
     row = db.execute(f"{_UNRATED} AND mine.until > :now", given).fetchone()
     if row is None:
@@ -187,12 +205,9 @@ def one_waits(db: Database, key_id: str) -> bool:
 
 
 def holds_one(db: Database, key_id: str) -> bool:
-    """Whether this rater holds a pair that nobody voted on."""
-    row = db.execute(
-        "SELECT 1 FROM holds JOIN comparisons ON id = comparison_id WHERE holds.key_id = ? AND until > ? AND waits = 1",
-        (key_id, timestamp()),
-    ).fetchone()
-    return row is not None
+    """Whether this rater holds a pair without a vote of theirs or one that counts."""
+    given = {"key": key_id, "now": timestamp()}
+    return db.execute(f"{_UNRATED} AND mine.until > :now", given).fetchone() is not None
 
 
 def pass_over(db: Database, comparison_id: str, *, key_id: str) -> None:

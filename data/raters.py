@@ -6,7 +6,7 @@ from typing import Any
 
 from sqlite_utils import Database
 
-from data import audit
+from data import audit, comparisons
 from data.types import timestamp
 
 
@@ -59,7 +59,8 @@ def keep(db: Database, run_id: str, standings: Mapping[str, Standing], *, frees:
 
 
 def confirm(db: Database, key_id: str, *, actor: str) -> None:
-    """Leave the rater's votes out for good, whether or not a run suspects them. Call inside a transaction. Raises
+    """Leave the rater's votes out for good, whether or not a run suspects them: what nobody else voted on waits for
+    other raters again. Call inside a transaction. Raises
     UnknownRater."""
     _rule(db, key_id, "confirmed", actor, "rater.confirm")
 
@@ -75,6 +76,7 @@ def reconsider(db: Database, key_id: str, *, actor: str) -> None:
     _known(db, key_id)
     if not db.execute("DELETE FROM quarantines WHERE key_id = ? AND status <> 'suspected'", (key_id,)).rowcount:
         raise NoRuling(key_id)
+    comparisons.requeue(db, key_id)
     audit.record(db, actor=actor, action="rater.reconsider", subject=key_id)
 
 
@@ -94,6 +96,7 @@ def _rule(db: Database, key_id: str, status: str, actor: str, action: str) -> No
         " since = iif(status = 'released' AND :status = 'confirmed', :now, since)",
         {"key": key_id, "status": status, "now": now, "actor": actor},
     )
+    comparisons.requeue(db, key_id)
     audit.record(db, actor=actor, action=action, subject=key_id)
 
 

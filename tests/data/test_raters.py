@@ -1,12 +1,14 @@
 """Whose votes are left out, and the operator's word on it."""
 
+from collections.abc import Callable
+
 import pytest
 from pysqlite3 import dbapi2 as sqlite3
 from sqlite_utils import Database
 
-from data import audit, comparisons, raters, runs
+from data import audit, comparisons, completions, raters, runs
 from data.database import transaction
-from data.types import Role
+from data.types import Choice, Role
 from tests.conftest import AddPair, MakeKey
 
 
@@ -120,3 +122,62 @@ def test_everybody_who_voted_is_listed_and_who_is_left_out_comes_first(
     assert [row["key"] for row in rows] == [left_out, busy], f"{silent} never voted"
     assert (rows[1]["votes"], rows[1]["first"], rows[1]["second"], rows[1]["gold"]) == (4, 2, 1, 0)
     assert rows[1]["quarantine"] is None
+
+
+@pytest.fixture
+def desk(db: Database) -> Callable[[str], str | None]:
+    """Rate the next pair of the queue; the pair's id."""
+
+    def rate(key_id: str) -> str | None:
+        with transaction(db):
+            pair = comparisons.next_for_rater(db, key_id=key_id, lease_s=60.0)
+            if pair is None:
+                return None
+            assert comparisons.holds_one(db, key_id)
+            comparisons.vote(db, pair.id, key_id=key_id, role=Role.RATER, choice=Choice.A, comment=None, window_s=0.0)
+            db.execute("UPDATE holds SET until = since")
+            assert not comparisons.holds_one(db, key_id)
+            return pair.id
+
+    return rate
+
+
+def test_what_only_raters_left_out_for_good_voted_on_waits_for_others_again(
+    db: Database, make_key: MakeKey, add_pair: AddPair, desk: Callable[[str], str | None]
+) -> None:
+    owner = make_key()[0].id
+    bad, worse, good, other = (make_key(Role.RATER)[0].id for _ in range(4))
+    forgotten = make_key()[0].id
+    for user in (owner, owner, owner, forgotten):
+        add_pair(user)
+    first, second, third, lost = (desk(key) for key in (bad, worse, good, bad))
+    with transaction(db):
+        completions.forget_user(db, forgotten, actor="cli")
+        raters.confirm(db, bad, actor="cli")
+    assert [desk(bad), desk(worse), desk(good)] == [None, first, None], "to nobody twice"
+    with transaction(db):
+        raters.confirm(db, worse, actor="cli")
+    assert [desk(key) for key in (bad, worse, good, good, good, other)] == [second, None, first, second, None, None]
+    assert lost not in (first, second, third)
+
+
+def test_whose_votes_are_left_out_for_good_takes_no_pair_from_the_queue(
+    db: Database, make_key: MakeKey, add_pair: AddPair, desk: Callable[[str], str | None]
+) -> None:
+    owner = make_key()[0].id
+    bad, good = (make_key(Role.RATER)[0].id for _ in range(2))
+    pairs = {add_pair(owner) for _ in range(3)}
+    with transaction(db):
+        raters.confirm(db, bad, actor="cli")
+    assert {desk(bad) for _ in range(3)} == pairs
+    assert desk(bad) is None
+    one = desk(good)
+    with transaction(db):
+        raters.release(db, bad, actor="cli")
+    assert desk(good) is None, "these votes count now"
+    with transaction(db):
+        raters.confirm(db, bad, actor="cli")
+    assert desk(good) in pairs - {one}
+    with transaction(db):
+        raters.reconsider(db, bad, actor="cli")
+    assert desk(good) is None, "and now again"

@@ -5,9 +5,10 @@ import sys
 import time
 from contextlib import closing, suppress
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from service.cli_night import policies_app, runs_app, schedule_app
 from service.cli_raters import raters_app
@@ -16,7 +17,21 @@ from service.console import Json, State, fail, open_record, print_rows, read_set
 if TYPE_CHECKING:
     from data.settings import Settings
 
+
+class Words(TyperGroup):
+    """A command whose words are all UTF-8: what else a shell can pass cannot be kept, nor printed."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        for word in args:
+            try:
+                word.encode()
+            except UnicodeEncodeError:
+                raise fail(f"{word!a} is not UTF-8.") from None
+        return super().parse_args(ctx, args)
+
+
 app = typer.Typer(
+    cls=Words,
     help="Chats by day, learns by night.",
     no_args_is_help=True,
     add_completion=False,
@@ -183,7 +198,10 @@ def chat(
 def train(
     state: State = None,
     model: Annotated[str | None, typer.Option(help="Base model: a folder or a Hugging Face id.")] = None,
-    seed: Annotated[int | None, typer.Option(help="Of everything random in the run. [default: training.seed]")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(min=0, max=2**32 - 1, help="Of everything random in the run. [default: training.seed]"),
+    ] = None,
     json: Json = False,
 ) -> None:
     """Learn from the votes now: a better policy, saved as a candidate. Ctrl-C cancels the run."""
@@ -263,10 +281,6 @@ def keys_create(
         as_role, as_feedback = Role(role), Feedback(feedback)
     except ValueError as error:
         raise fail(f"{error}: --role is user, rater or operator; --feedback is off, auto or always.") from None
-    try:
-        label.encode()
-    except UnicodeEncodeError:
-        raise fail("The label is not UTF-8.") from None
     with open_record(state) as db, transaction(db):
         key, token = keys.create(db, role=as_role, feedback=as_feedback, label=label, actor="cli")
     if json:
@@ -331,11 +345,11 @@ def votes_export(
         lines = [jsonlib.dumps(record, ensure_ascii=False) for record in comparisons.export_preferences(db)]
     text = "[" + ",\n".join(lines) + "]\n" if json else "".join(line + "\n" for line in lines)
     if output is None:
-        sys.stdout.write(text)
+        typer.echo(text.encode(), nl=False)  # JSON is UTF-8, whatever the locale
         return
     try:
         if output.exists() and not output.is_file():  # a pipe or a device: in its place a file would stand
-            output.write_text(text)
+            output.write_text(text, "utf-8")
         else:  # what a link leads to is replaced, not the link
             _write_whole(output.resolve(), text)
     except (OSError, RuntimeError) as error:  # of links in a circle
@@ -349,9 +363,9 @@ def _write_whole(path: Path, text: str) -> None:
     try:
         unfinished.unlink(missing_ok=True)
         unfinished.touch(mode=0o600)
-        unfinished.write_text(text)
+        unfinished.write_text(text, "utf-8")
         unfinished.replace(path)
-    except OSError:
+    except BaseException:
         with suppress(OSError):
             unfinished.unlink(missing_ok=True)
         raise

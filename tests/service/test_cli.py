@@ -308,9 +308,47 @@ def test_an_export_goes_through_a_link_and_into_a_pipe(
     assert json.loads(printed)["choice"] == "b"
 
 
-def test_a_label_that_is_not_utf_8_is_refused(nightshift: Command) -> None:
-    result = nightshift("keys", "create", "--role", "user", "--label", "a\udcff")
-    assert (result.exit_code, "not UTF-8" in result.stderr) == (1, True)
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ["keys", "create", "--role", "user", "--label", "a\udcff"],
+        ["keys", "revoke", "a\udcff"],
+        ["runs", "show", "a\udcff"],
+        ["raters", "confirm", "a\udcff"],
+        ["policies", "promote", "policy-0000", "--reason=a\udcff"],
+        ["chat", "a\udcff"],
+    ],
+    ids=" ".join,
+)
+def test_what_is_not_utf_8_is_refused(nightshift: Command, vote: str, arguments: list[str]) -> None:
+    result = nightshift(*arguments)
+    assert (result.exit_code, "a\\udcff' is not UTF-8" in result.stderr) == (1, True)
+
+
+@pytest.mark.parametrize("seed", ["-1", str(2**32)])
+def test_a_seed_that_no_run_can_take_is_a_wrong_command_line(nightshift: Command, vote: str, seed: str) -> None:
+    result = nightshift("train", "--seed", seed)
+    assert (result.exit_code, "--seed" in result.stderr) == (2, True)
+
+
+def test_an_export_is_utf_8_whatever_the_locale(vote: str, settings: Settings, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "service.cli", "votes", "export", "--state", str(settings.state)]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0", "PYTHONPATH": ":".join(sys.path)}
+    printed = subprocess.run(command, capture_output=True, check=True, env=plain).stdout
+    assert "Grüße" in printed.decode()
+    subprocess.run([*command, "-o", str(tmp_path / "votes.jsonl")], capture_output=True, check=True, env=plain)
+    assert (tmp_path / "votes.jsonl").read_bytes() == printed
+
+
+def test_an_export_that_fails_in_any_way_leaves_nothing(
+    nightshift: Command, vote: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def out_of_memory(*_: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(Path, "write_text", out_of_memory)
+    assert nightshift("votes", "export", "-o", str(tmp_path / "votes.jsonl")).exit_code != 0
+    assert list(tmp_path.glob("votes*")) == []
 
 
 def test_an_export_that_cannot_be_written_says_why(nightshift: Command, vote: str, tmp_path: Path) -> None:

@@ -9,7 +9,10 @@ from peft import PeftModel
 from torch.nn import functional
 from transformers import (
     AutoModelForCausalLM,
+    CohereConfig,
+    Gemma2Config,
     Gemma3TextConfig,
+    GraniteConfig,
     LlamaConfig,
     MistralConfig,
     Phi3Config,
@@ -41,6 +44,21 @@ CONFIGS = {
     ),
     "phi3": Phi3Config(**{k: v for k, v in SIZES.items() if k != "head_dim"}),
 }  # fmt: skip
+TREATED = {
+    "gemma2": (
+        Gemma2Config(**SIZES, final_logit_softcapping=20.0, query_pre_attn_scalar=32),
+        lambda logits: 20 * torch.atanh(logits / 20),
+    ),
+    "granite": (
+        GraniteConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logits_scaling=3.0),
+        lambda logits: 3 * logits,
+    ),
+    "cohere": (
+        CohereConfig(**{k: v for k, v in SIZES.items() if k != "head_dim"}, logit_scale=0.3),
+        lambda logits: logits / 0.3,
+    ),
+}
+"""What does something to its logits after the head, and how to undo that."""
 QUERIES = [(3, 4, 5, 6, 7), (8,), (9, 10, 11)]
 
 
@@ -103,3 +121,21 @@ def test_a_family_samples_with_its_cache_what_it_would_say_without(folder: Path)
                 logits = backbone.base(input_ids=torch.tensor([tokens])).logits[0, -1]
             assert logits[token] >= logits.max() - 1e-3
             tokens.append(token)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("family", TREATED)
+def test_logits_are_known_where_the_model_rounds_them_too_and_wrong_ones_are_not(
+    family: str, dtype: torch.dtype
+) -> None:
+    """transformers scales and caps in bfloat16 what we do in float32."""
+    config, untreated = TREATED[family]
+    for seed in range(5):
+        torch.manual_seed(seed)
+        model = AutoModelForCausalLM.from_config(config).to(dtype)
+        Backbone(model, rank=8)
+        for wrong in (untreated, lambda logits: 1.1 * logits):
+            model = AutoModelForCausalLM.from_config(config).to(dtype)
+            model.register_forward_hook(lambda _, __, output, w=wrong: setattr(output, "logits", w(output.logits)))
+            with pytest.raises(ValueError, match="changes its logits"):
+                Backbone(model, rank=8)

@@ -171,9 +171,9 @@ class Poison:
         )
         samplers = LocalSampler(lab.backbone, "policy", sampling), LocalSampler(lab.backbone, None, sampling)
         queries = preferences.queries[Split.HELD_OUT][-256:]
-        figures: dict[str, float] = asdict(
-            measure(*samplers, judge.score, partial(log_ratios, lab.backbone, temperature=1.0), queries, seed=seed)
-        )
+        conversations = [preferences.conversations[query] for query in queries]
+        ratios = partial(log_ratios, lab.backbone, temperature=1.0)
+        figures: dict[str, float] = asdict(measure(*samplers, judge.score, ratios, queries, conversations, seed=seed))
         for kind in probes.KINDS:
             figures |= probe(kind, *samplers, lab.chat, base=None, seed=seed)
         unseen = preferences.pairs[Split.HELD_OUT] + preferences.pairs[Split.JUDGE]

@@ -101,12 +101,12 @@ def _carry_out(
 
 def _judge(figures: _Figures, settings: GateSettings) -> Check:
     rate, low, high = (figures[f"judge_win_rate{end}"] for end in ("", "_low", "_high"))
-    prompts = figures.count("prompts")
+    prompts, conversations = figures.count("prompts"), figures.count("conversations")
     return Check(
         "judge", rate, 0.5, low > 0.5,
         f"A judge, fitted to votes that the policy never met, prefers its answers {rate:.1%} of the time on {prompts}"
-        f" held-out prompts; the 95% interval, {low:.1%} to {high:.1%}, must lie above 50%"
-        + ("." if (low, high) != (0, 1) else "; so few prompts say nothing of others."),
+        f" held-out prompts of {conversations} conversations; the 95% interval, {low:.1%} to {high:.1%}, must lie above"
+        " 50%" + ("." if (low, high) != (0, 1) else "; so few conversations say nothing of others."),
     )  # fmt: skip
 
 

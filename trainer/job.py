@@ -352,12 +352,14 @@ class _Night:
         candidate = LocalSampler(backbone, "policy", sampling)
         is_base = incumbent.name == BASE_POLICY
         serving = base if is_base else LocalSampler(backbone, "incumbent", sampling)
+        queries = preferences.queries[Split.HELD_OUT][-PROMPTS_MEASURED:]
         measured = measure(
             candidate,
             serving,
             judge.score,
             partial(log_ratios, backbone, temperature=config.temperature),
-            preferences.queries[Split.HELD_OUT][-PROMPTS_MEASURED:],
+            queries,
+            [preferences.conversations[query] for query in queries],
             seed=config.seed,
         )
         figures = asdict(measured)

@@ -1,7 +1,8 @@
 """What a candidate is like beside the incumbent that it would replace, on prompts that neither it nor its reward model
 has seen, and on the frozen probes."""
 
-from collections.abc import Callable, Sequence
+from collections import defaultdict
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,7 +14,7 @@ from trainer.backbone import Backbone
 from trainer.encoding import Answer, ChatFormat, by_length, collate
 from trainer.rollout import Query, Sampler
 
-FEWEST_PROMPTS = 6
+FEWEST_CONVERSATIONS = 6
 ANSWERS = 256
 """Of each policy, at least: with fewer prompts each is answered more than once."""
 PROBE_ANSWERS = 600
@@ -25,10 +26,13 @@ class Measurement:
     """A candidate's answers beside the incumbent's to the same prompts. Lengths in tokens, KL in nats an answer."""
 
     prompts: int
+    conversations: int
+    """Those that the prompts are turns of."""
     answers: int
     """Of each policy, each prompt being answered equally often."""
     judge_win_rate: float
-    """The share of answers that the judge scores higher than the incumbent's; ties count half."""
+    """The share of answers that the judge scores higher than the incumbent's, each conversation counting alike; ties
+    count half."""
     judge_win_rate_low: float
     """Lower end of its 95 % interval: see `clustered`."""
     judge_win_rate_high: float
@@ -50,6 +54,7 @@ def measure(
     judge: Callable[[Sequence[Answer]], Tensor],
     log_ratios: Callable[[Sequence[Answer]], Tensor],
     queries: Sequence[Query],
+    conversations: Sequence[Hashable],
     *,
     seed: int,
 ) -> Measurement:
@@ -58,17 +63,19 @@ def measure(
     Args:
         judge: the score of each answer, (N,).
         log_ratios: log p_candidate - log p_base of each answer of the candidate's, (N,).
+        conversations: which one each query is a turn of.
     """
     asked = list(queries) * -(-ANSWERS // len(queries))
     ours = candidate(asked, range(seed, seed + len(asked)))
     theirs = incumbent(asked, range(seed + len(asked), seed + 2 * len(asked)))
     differences = judge(ours) - judge(theirs)
     wins = (differences > 0).double() + 0.5 * (differences == 0).double()
-    low, high = clustered(wins.view(-1, len(queries)))
+    rate, low, high = clustered(wins.view(-1, len(queries)), conversations)
     return Measurement(
         prompts=len(queries),
+        conversations=len(set(conversations)),
         answers=len(asked),
-        judge_win_rate=float(wins.mean()),
+        judge_win_rate=rate,
         judge_win_rate_low=low,
         judge_win_rate_high=high,
         kl=float(log_ratios(ours).mean()),
@@ -116,26 +123,35 @@ def repeats(tokens: Sequence[int], n: int = 4) -> bool:
     return len(set(grams)) < len(grams)
 
 
-def clustered(wins: Tensor) -> tuple[float, float]:
-    """The 95 % interval of a share where the answers to one prompt are alike, for other prompts of the same kind.
+def clustered(wins: Tensor, conversations: Sequence[Hashable]) -> tuple[float, float, float]:
+    """A share and its 95 % interval where the answers in one conversation are alike, for other conversations of the
+    same kind. Each counts alike, or the longest would be the share, and nothing would tell how it varies.
 
-    Wilson's, with as many trials as independent answers would have to be to vary as much as the prompts' own shares do
-    (Kish's design effect): the number of prompts where each is all won or all lost, at most the number of answers. How
-    much they vary is learned from the prompts themselves, so of few prompts by Student's t; of fewer than
-    FEWEST_PROMPTS nothing, since by a coin all of five are won more often than 2.5 times in a hundred.
+    Wilson's, with as many trials as independent answers would have to be to vary as much as the conversations' own
+    shares do (Kish's design effect): the number of conversations where each is all won or all lost, at most the number
+    of answers. How much they vary is learned from the conversations themselves, so of few by Student's t; of fewer than
+    FEWEST_CONVERSATIONS nothing, since by a coin all of five are won more often than 2.5 times in a hundred.
 
     Args:
         wins: (draws, prompts) of 0 to 1.
+        conversations: of each prompt.
     """
-    draws, prompts = wins.shape
-    if prompts < FEWEST_PROMPTS:
-        return 0.0, 1.0
-    share, spread = float(wins.mean()), float(wins.mean(dim=0).var(correction=1))
+    by_conversation: dict[Hashable, list[float]] = defaultdict(list)
+    for won, conversation in zip(wins.double().mean(dim=0).tolist(), conversations, strict=True):
+        by_conversation[conversation].append(won)
+    count = len(by_conversation)
+    shares = torch.tensor([_mean(won) for won in by_conversation.values()], dtype=torch.float64)
+    share = float(shares.mean())
+    if count < FEWEST_CONVERSATIONS:
+        return share, 0.0, 1.0
+    spread = float(shares.var(correction=1))
+    # A mean of means of independent answers varies as if each were of the harmonic mean of their numbers.
+    each = len(wins) * count / sum(1 / len(won) for won in by_conversation.values())
     # Nothing varies less than by one answer, or who wins all of them would be known less well than who loses one.
-    least = 1 / (draws * prompts)
+    least = 1 / (each * count)
     varying = max(share * (1 - share), least * (1 - least))
-    trials = prompts * min(max(varying / max(spread, least / draws), 1.0), float(draws))
-    return wilson(share * trials, trials, z=_student(prompts - 1))
+    trials = count * min(max(varying / max(spread, least / each), 1.0), each)
+    return share, *wilson(share * trials, trials, z=_student(count - 1))
 
 
 def _student(freedom: int) -> float:

@@ -19,7 +19,7 @@ from trainer.reward_model import Pair
 from trainer.rollout import Query
 
 FEWEST_HELD_OUT = 10
-"""Of fewer prompts no interval says anything: then those count that the training side asked as well."""
+"""Of fewer conversations no interval says anything: then prompts count that the training side asked as well."""
 
 
 class Split(StrEnum):
@@ -47,6 +47,8 @@ class Preferences:
     queries: dict[Split, list[Query]] = field(default_factory=lambda: {split: [] for split in Split})
     """Distinct prompts of the votes on each side, in order of the votes; held out, only those that nobody on the
     training side asked as well, unless there are hardly any others."""
+    conversations: dict[Query, tuple[str, str]] = field(default_factory=dict)
+    """Of each prompt held out: the user and the conversation, of those held out, in which it was asked first."""
     votes: list[UsedVote] = field(default_factory=list)
 
 
@@ -134,10 +136,13 @@ def prepare(
         texts = trusted_pair.chosen, trusted_pair.rejected
         if known := _pair(chat, trusted_pair.messages, *texts, max_prompt_tokens, max_answer_tokens):
             preferences.pairs[Split.TRAIN].append(replace(known, weight=trusted_weight))
+    for record, pair in by_split[Split.HELD_OUT]:
+        preferences.conversations.setdefault(pair.chosen.query, (record["user"], record["conversation"]))
     seen = {pair.chosen.query for pair in preferences.pairs[Split.TRAIN]}
     held_out = preferences.queries[Split.HELD_OUT]
     unseen = [query for query in held_out if query not in seen]
-    preferences.queries[Split.HELD_OUT] = unseen if len(unseen) >= FEWEST_HELD_OUT else held_out
+    conversations = {preferences.conversations[query] for query in unseen}
+    preferences.queries[Split.HELD_OUT] = unseen if len(conversations) >= FEWEST_HELD_OUT else held_out
     return preferences
 
 

@@ -24,7 +24,8 @@ from trainer.rollout import Query, Sampler
 
 SETTINGS = GateSettings()
 GOOD: dict[str, float] = {
-    "prompts": 256, "answers": 256, "judge_win_rate": 0.62, "judge_win_rate_low": 0.56, "judge_win_rate_high": 0.68,
+    "prompts": 256, "conversations": 240, "answers": 256,
+    "judge_win_rate": 0.62, "judge_win_rate_low": 0.56, "judge_win_rate_high": 0.68,
     "kl": 4.0, "length": 24.0, "incumbent_length": 22.0, "unfinished": 0.01, "incumbent_unfinished": 0.01,
     "repetition": 0.12, "incumbent_repetition": 0.13,
     "reward_pairs": 200, "reward_accuracy": 0.72, "reward_length_accuracy": 0.55,
@@ -58,7 +59,7 @@ def test_a_good_candidate_passes_every_check() -> None:
 @pytest.mark.parametrize(
     ("figures", "check", "words"),
     [
-        ({"judge_win_rate_low": 0.49}, "judge", ["62.0%", "256 held-out", "49.0% to 68.0%"]),
+        ({"judge_win_rate_low": 0.49}, "judge", ["62.0%", "256 held-out prompts of 240", "49.0% to 68.0%"]),
         ({"judge_win_rate_low": 0.5}, "judge", ["must lie above 50%"]),
         ({"kl": 12.1}, "kl", ["12.10 nats", "may be 12"]),
         ({"length": 27.6}, "length_drift", ["25% longer", "27.6 tokens, 22.0 before"]),
@@ -106,7 +107,8 @@ def test_what_is_within_the_tolerance_or_better_passes(figures: dict[str, float]
     ("name", "check"),
     [
         ("judge_win_rate", "judge"), ("judge_win_rate_low", "judge"), ("judge_win_rate_high", "judge"),
-        ("prompts", "judge"), ("kl", "kl"), ("length", "length_drift"), ("incumbent_length", "length_drift"),
+        ("prompts", "judge"), ("conversations", "judge"), ("kl", "kl"),
+        ("length", "length_drift"), ("incumbent_length", "length_drift"),
         ("unfinished", "unfinished"), ("incumbent_unfinished", "unfinished"), ("repetition", "repetition"),
         ("incumbent_repetition", "repetition"), ("reward_accuracy", "reward_model"),
         ("reward_length_accuracy", "reward_model"), ("reward_pairs", "reward_model"), ("facts", "facts"),
@@ -263,17 +265,26 @@ def sampler(manner: Manner, chat: ChatFormat) -> Sampler:
     return sample
 
 
-def report_on(manner: Manner, liked: Callable[[str], float], chat: ChatFormat, *, prompts: int = 64) -> GateReport:
-    """The gate's report on somebody of this manner, whom voters like for `liked` in an answer."""
+def report_on(
+    manner: Manner, liked: Callable[[str], float], chat: ChatFormat, *, prompts: int = 64, turns: int = 1
+) -> GateReport:
+    """The gate's report on somebody of this manner, whom voters like for `liked` in an answer.
+
+    Args:
+        turns: how many prompts are of one conversation.
+    """
     candidate, incumbent = sampler(manner, chat), sampler(INCUMBENT, chat)
 
     def score(answers: Sequence[Answer]) -> Tensor:
         return torch.tensor([liked(chat.text(answer)) for answer in answers])
 
     queries = [chat.query([{"role": "user", "content": f"Tell me of place {n}."}]) for n in range(prompts)]
-    figures: dict[str, Any] = asdict(
-        measure(candidate, incumbent, score, lambda answers: torch.full((len(answers),), 3.0), queries, seed=1)
-    )
+    conversations = [n // turns for n in range(prompts)]
+
+    def far(answers: Sequence[Answer]) -> Tensor:
+        return torch.full((len(answers),), 3.0)
+
+    figures: dict[str, Any] = asdict(measure(candidate, incumbent, score, far, queries, conversations, seed=1))
     for kind in probes.KINDS:
         figures |= probe(kind, candidate, incumbent, chat, base=None, seed=1)
     reward = {name: figure for name, figure in GOOD.items() if name.startswith("reward_")}
@@ -349,7 +360,20 @@ def test_a_candidate_that_nobody_prefers_is_rejected_for_that_alone(chat: ChatFo
     assert failed(report_on(INCUMBENT, lambda text: float(text < "m"), chat)) == ["judge"]
 
 
+def test_six_turns_of_one_conversation_are_not_six_prompts(chat: ChatFormat) -> None:
+    assert failed(report_on(KIND, polite, chat, prompts=6)) == []
+    report = report_on(KIND, polite, chat, prompts=36, turns=9)
+    assert failed(report) == ["judge"]
+    assert "36 held-out prompts of 4 conversations" in reason(report)
+    assert "so few conversations say nothing" in reason(report)
+
+
 # The interval of the judge's preference, where prompts are few and asked more often
+
+
+def interval(wins: Tensor) -> tuple[float, float]:
+    """Where each prompt is of another conversation."""
+    return clustered(wins, range(wins.shape[1]))[1:]
 
 
 def test_answers_to_one_prompt_count_as_one_where_they_are_alike() -> None:
@@ -357,12 +381,12 @@ def test_answers_to_one_prompt_count_as_one_where_they_are_alike() -> None:
     by_student = partial(wilson, z=2.093)  # of 19 degrees of freedom, in the tables
     close = partial(pytest.approx, abs=2e-4)
     won = (torch.arange(20) < 15).double()
-    assert clustered(won.repeat(13, 1)) == close(by_student(15, 20))
-    assert clustered(won.view(1, 20)) == close(by_student(15, 20))
-    assert clustered(torch.ones(13, 20)) == close(by_student(260, 260))
-    assert clustered(torch.ones(1, 20)) == close(by_student(20, 20))
+    assert interval(won.repeat(13, 1)) == close(by_student(15, 20))
+    assert interval(won.view(1, 20)) == close(by_student(15, 20))
+    assert interval(torch.ones(13, 20)) == close(by_student(260, 260))
+    assert interval(torch.ones(1, 20)) == close(by_student(20, 20))
     alternating = (torch.arange(260) % 2).double().view(20, 13).T.contiguous()
-    assert clustered(alternating) == close(by_student(130, 260)), "each prompt is won as often as any other"
+    assert interval(alternating) == close(by_student(130, 260)), "each prompt is won as often as any other"
 
 
 @pytest.mark.parametrize("prompts", [1, 2, 3, 5, 6, 8])
@@ -371,17 +395,17 @@ def test_a_handful_of_prompts_seldom_prefers_what_is_no_better(prompts: int, ali
     rng = np.random.default_rng(0)
     rates = rng.beta(alike, alike, size=(2000, 1, prompts))
     records = torch.from_numpy((rng.random((2000, 43, prompts)) < rates).astype(float))
-    assert np.mean([clustered(wins)[0] > 0.5 for wins in records]) < 0.04
+    assert np.mean([interval(wins)[0] > 0.5 for wins in records]) < 0.04
 
 
 def test_six_prompts_are_enough_for_what_always_wins() -> None:
     won = torch.ones(43, 6).double()
-    low, _ = clustered(won)
+    low, _ = interval(won)
     assert low > 0.9
     won[0, 0] = 0
-    assert 0.5 < clustered(won)[0] < low
-    assert clustered((torch.arange(43)[:, None] < 39).double().expand(43, 6))[0] > 0.8, "each as often as the others"
-    assert clustered(torch.ones(43, 5)) == (0, 1)
+    assert 0.5 < interval(won)[0] < low
+    assert interval((torch.arange(43)[:, None] < 39).double().expand(43, 6))[0] > 0.8, "each as often as the others"
+    assert interval(torch.ones(43, 5)) == (0, 1)
 
 
 def test_the_interval_holds_the_rate_over_all_prompts() -> None:
@@ -389,7 +413,31 @@ def test_the_interval_holds_the_rate_over_all_prompts() -> None:
     rng = np.random.default_rng(0)
     rates = rng.beta(2, 1.5, size=(2000, 1, 30))
     records = torch.from_numpy((rng.random((2000, 9, 30)) < rates).astype(float))
-    low, high = np.array([clustered(wins) for wins in records]).T
+    low, high = np.array([interval(wins) for wins in records]).T
     assert 0.92 < ((low <= 4 / 7) & (high >= 4 / 7)).mean() < 0.98
     one_low, one_high = wilson(30 * 4 / 7, 30)
     assert (high - low).mean() < 0.75 * (one_high - one_low), "nine answers a prompt say more than one"
+
+
+def test_turns_of_one_conversation_count_as_one_where_they_are_alike() -> None:
+    by_student = partial(wilson, z=2.093)
+    close = partial(pytest.approx, abs=2e-4)
+    won = (torch.arange(20) < 15).double().repeat_interleave(13)[None]
+    conversations = [n // 13 for n in range(260)]
+    assert clustered(won, conversations) == close((0.75, *by_student(15, 20)))
+    assert clustered(torch.ones(1, 260), conversations) == close((1, *by_student(260, 260)))
+    alternating = (torch.arange(260) % 2).double()[None]
+    assert clustered(alternating, conversations)[1:] == close(by_student(130, 260))
+    long = clustered(torch.cat([torch.ones(3, 90), torch.zeros(3, 10)], dim=1), [0] * 90 + list(range(1, 11)))
+    assert long == close((1 / 11, *wilson(1, 11, z=2.228))), "however long, it is one of eleven"
+
+
+@pytest.mark.parametrize("lengths", [[6] * 10, [10] * 6, [30] + [1] * 9, range(1, 13)], ids=str)
+@pytest.mark.parametrize("alike", [0.0, 0.7, 1.2])
+def test_a_few_long_conversations_seldom_prefer_what_is_no_better(lengths: Sequence[int], alike: float) -> None:
+    rng = np.random.default_rng(0)
+    conversations = np.repeat(np.arange(len(lengths)), lengths)
+    shape = (2000, 1, len(conversations))
+    moods = alike * rng.normal(size=(2000, 1, len(lengths)))[..., conversations] + 0.7 * rng.normal(size=shape)
+    records = torch.from_numpy((rng.random((2000, 5, len(conversations))) < 1 / (1 + np.exp(-moods))).astype(float))
+    assert np.mean([clustered(wins, conversations.tolist())[1] > 0.5 for wins in records]) < 0.04

@@ -68,6 +68,15 @@ def test_prompts_are_listed_once(chat: ChatFormat) -> None:
     assert sum(len(queries) for queries in prepared(chat, same).queries.values()) == 1
 
 
+def test_held_out_prompts_are_known_by_their_conversations(chat: ChatFormat) -> None:
+    records = [record(i, talk=f"talk {i % 50}") for i in range(100)]
+    preferences = prepared(chat, [record(n, talk="elsewhere") for n in range(50)] + records)
+    owners = {chat.query(row["prompt"]): ("key_1", row["conversation"]) for row in records}
+    assert split_of("key_1", "elsewhere") is Split.TRAIN
+    assert preferences.conversations == {q: o for q, o in owners.items() if split_of(*o) is Split.HELD_OUT}
+    assert len(preferences.conversations) > 2
+
+
 def test_held_out_prompts_are_those_that_nobody_trained_on(chat: ChatFormat, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(preferences, "FEWEST_HELD_OUT", 1)
     records = [record(i % 60, talk=f"talk {i}") for i in range(150)]
@@ -90,6 +99,9 @@ def test_where_hardly_anybody_asks_something_else_what_all_ask_is_held_out_too(
     records = [record(i, talk=talk) for i, talk in enumerate(held_out[: others + 1])] + [record(0, talk=trains)]
     asked = prepared(chat, records).queries[Split.HELD_OUT]
     assert len(asked) == (others if are_enough else others + 1)
+    turns = [row | {"prompt": record(1000 + i)["prompt"]} for i, row in enumerate(records[1:-1])]
+    asked = prepared(chat, records + turns).queries[Split.HELD_OUT]
+    assert len(asked) == 2 * others + (not are_enough), "what counts is how many conversations they are of"
 
 
 def test_where_everybody_asks_the_same_it_is_held_out_all_the_same(chat: ChatFormat) -> None:

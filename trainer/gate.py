@@ -153,20 +153,19 @@ def _no_more(name: str, what: str, figures: _Figures, tolerance: float) -> Check
 def _reward_model(figures: _Figures, settings: GateSettings) -> Check:
     """With few votes it is by chance that a model which learned nothing is above the baseline, every other time. One
     standard error makes that one time in six; two would turn away most of what 250 votes teach."""
-    accuracy, by_length, pairs = (
-        figures["reward_accuracy"],
-        figures["reward_length_accuracy"],
-        figures.count("reward_pairs"),
-    )
+    accuracy, by_length = figures["reward_accuracy"], figures["reward_length_accuracy"]
+    pairs, equal = figures.count("reward_pairs"), figures["reward_equal_pairs"]
     if by_length > 0.5:
-        baseline, whose, chance = by_length, "length alone", _standard_error(pairs, accuracy, by_length)
+        baseline, whose, chance = by_length, "length alone", _standard_error(equal, accuracy, by_length)
     else:
-        baseline, whose, chance = 0.5, "a coin", _standard_error(pairs, 0.5)  # nobody had to measure it
+        baseline, whose, chance = 0.5, "a coin", _standard_error(equal, 0.5)  # nobody had to measure it
     threshold = baseline + chance
     return Check(
         "reward_model", accuracy, threshold, accuracy > threshold,
-        f"The reward model is right about {accuracy:.1%} of {pairs} votes that it has not seen, and {whose} about"
-        f" {baseline:.1%}; it must be above {threshold:.1%}, a standard error more, or it may know no better.",
+        f"The reward model is right about {accuracy:.1%} of {pairs} votes that it has not seen"
+        + (f" (by their weights, worth {equal:.0f} alike)" if round(equal) < pairs else "")
+        + f", and {whose} about {baseline:.1%}; it must be above {threshold:.1%}, a standard error more, or it may know"
+        " no better.",
     )  # fmt: skip
 
 
@@ -198,7 +197,7 @@ def _no_less(kind: str, what: str, figures: _Figures, tolerance: float) -> Check
     )  # fmt: skip
 
 
-def _standard_error(count: int, *shares: float) -> float:
+def _standard_error(count: float, *shares: float) -> float:
     """Of a share of `count`, or of the difference of two. Answers to one question are alike, and so are two models that
     look at one vote: the truth is rather below this."""
     return math.sqrt(max(0.0, sum(share * (1 - share) for share in shares)) / count)

@@ -51,8 +51,8 @@ class Pair:
 
     @property
     def measures(self) -> bool:
-        """Whether it says how often a reward model is right: it prefers an answer, and was drawn by chance."""
-        return not self.tie and not self.active
+        """Whether it says how often a reward model is right: it prefers an answer, was drawn by chance, and counts."""
+        return not self.tie and not self.active and self.weight > 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,10 +79,12 @@ class RewardConfig:
 
 @dataclass(frozen=True, slots=True)
 class RewardReport:
-    """What a reward model is worth on pairs it has not seen."""
+    """What a reward model is worth on pairs it has not seen, each counting by its weight."""
 
     pairs: int
     """Decisive pairs; ties are not counted."""
+    equal_pairs: float
+    """As many pairs of equal weight would be known as well: (sum w)^2 / sum w^2 (Kish)."""
     accuracy: float
     """The share in which the chosen answer has the higher score."""
     log_loss: float
@@ -311,28 +313,40 @@ def report(model: RewardModel, held_out: Sequence[Pair], training: Sequence[Pair
     rewards = model.rewards([pair.chosen for pair in pairs] + [pair.rejected for pair in pairs]).double()
     differences = rewards[: len(pairs)] - rewards[len(pairs) :]  # (N, K)
     mean = differences.mean(dim=1)
-    slope = _length_slope([pair for pair in training if not pair.tie])
+    weights = _weights(pairs)
+    slope = _length_slope([pair for pair in training if not pair.tie and pair.weight])
     by_lengths = slope * _length_differences(pairs)
     return RewardReport(
         pairs=len(pairs),
-        accuracy=_accuracy(mean),
-        log_loss=float(functional.softplus(-mean).mean()),
-        calibration_error=_calibration_error(mean),
-        spread=float(differences.std(dim=1).mean()) if differences.shape[1] > 1 else 0.0,
-        length_accuracy=_accuracy(by_lengths),
-        length_log_loss=float(functional.softplus(-by_lengths).mean()),
+        equal_pairs=float(weights.sum().square() / weights.square().sum()),
+        accuracy=_accuracy(mean, weights),
+        log_loss=_mean(functional.softplus(-mean), weights),
+        calibration_error=_calibration_error(mean, weights),
+        spread=_mean(differences.std(dim=1), weights) if differences.shape[1] > 1 else 0.0,
+        length_accuracy=_accuracy(by_lengths, weights),
+        length_log_loss=_mean(functional.softplus(-by_lengths), weights),
     )
 
 
-def _accuracy(differences: Tensor) -> float:
-    return float(torch.where(differences == 0, 0.5, (differences > 0).double()).mean())
+def _weights(pairs: Sequence[Pair]) -> Tensor:
+    """(N,) the largest of them 1."""
+    most = max((pair.weight for pair in pairs), default=1.0)
+    return torch.tensor([pair.weight / most for pair in pairs], dtype=torch.float64)
 
 
-def _calibration_error(differences: Tensor) -> float:
+def _mean(values: Tensor, weights: Tensor) -> float:
+    return float((values * weights).sum() / weights.sum())
+
+
+def _accuracy(differences: Tensor, weights: Tensor) -> float:
+    return _mean(torch.where(differences == 0, 0.5, (differences > 0).double()), weights)
+
+
+def _calibration_error(differences: Tensor, weights: Tensor) -> float:
     confidence, right = torch.sigmoid(differences.abs()), (differences > 0).double()
     bins = ((confidence - 0.5) * 20).long().clamp(max=9)
-    gaps = torch.zeros(10, dtype=torch.float64).index_add(0, bins, confidence - right)
-    return float(gaps.abs().sum() / len(differences))
+    gaps = torch.zeros(10, dtype=torch.float64).index_add(0, bins, (confidence - right) * weights)
+    return float(gaps.abs().sum() / weights.sum())
 
 
 def _length_differences(pairs: Sequence[Pair]) -> Tensor:
@@ -342,11 +356,11 @@ def _length_differences(pairs: Sequence[Pair]) -> Tensor:
 
 def _length_slope(pairs: Sequence[Pair]) -> float:
     """The maximum-likelihood w of P(chosen) = sigma(w * length difference), under a weak prior, by Newton."""
-    x = _length_differences(pairs)
+    x, weights = _length_differences(pairs), _weights(pairs)
     slope = 0.0
     for _ in range(50):
         p = torch.sigmoid(slope * x)
-        gradient = float(((1 - p) * x).sum()) - slope
-        curvature = float((p * (1 - p) * x.square()).sum()) + 1
+        gradient = float(((1 - p) * x * weights).sum()) - slope
+        curvature = float((p * (1 - p) * x.square() * weights).sum()) + 1
         slope += gradient / curvature
     return slope

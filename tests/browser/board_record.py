@@ -44,7 +44,7 @@ FIGURES = {
     **{"prompts": 212.0, "answers": 424.0, "judge_win_rate": 0.643, "judge_win_rate_low": 0.588},
     **{"conversations": 187.0, "judge_win_rate_high": 0.695, "kl": 7.82, "length": 41.3, "incumbent_length": 38.6},
     **{"unfinished": 0.012, "incumbent_unfinished": 0.014, "repetition": 0.019, "incumbent_repetition": 0.021},
-    **{"reward_accuracy": 0.712, "reward_length_accuracy": 0.574, "reward_pairs": 268.0},
+    **{"reward_accuracy": 0.712, "reward_length_accuracy": 0.574, "reward_pairs": 268.0, "reward_equal_pairs": 268.0},
     **{"facts": 0.883, "incumbent_facts": 0.887, "base_facts": 0.885, "facts_answers": 600.0},
     **{"refusals": 0.962, "incumbent_refusals": 0.955, "base_refusals": 0.958, "refusals_answers": 600.0},
     **{"sycophancy": 0.741, "incumbent_sycophancy": 0.733, "base_sycophancy": 0.730, "sycophancy_answers": 600.0},

@@ -1,6 +1,7 @@
 import math
-from collections.abc import Callable
-from dataclasses import replace
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
@@ -8,7 +9,8 @@ import torch
 from accelerate import Accelerator
 from torch.nn import functional
 
-from trainer import reward_model
+from data.settings import GateSettings
+from trainer import gate, reward_model
 from trainer.backbone import Backbone
 from trainer.encoding import Answer, collate, collate_pairs
 from trainer.reward_model import Pair, RewardConfig, RewardModel, davidson_loss
@@ -252,6 +254,56 @@ def test_length_alone_is_found_out(tiny_backbone: MakeBackbone) -> None:
     shorter = [Pair(p.rejected, p.chosen) for p in longer]
     assert reward_model.report(model, shorter, shorter).length_accuracy == 1
     assert reward_model.report(model, shorter, longer).length_accuracy == 0
+
+
+def test_equal_weights_change_no_figure(tiny_backbone: MakeBackbone) -> None:
+    pairs, voted = make_pairs(101), make_pairs(57, seed=1)
+    model = RewardModel(tiny_backbone("reward"), "again", heads=3)
+    report = reward_model.report(model, pairs, voted)
+    for weight in (0.3, 7.0):
+        alike = [[replace(pair, weight=weight) for pair in side] for side in (pairs, voted)]
+        assert reward_model.report(model, *alike) == report
+    assert report.equal_pairs == report.pairs == 101
+    chosen, rejected = (model.rewards([getattr(p, side) for p in pairs]).mean(dim=1) for side in ("chosen", "rejected"))
+    assert report.accuracy == (chosen > rejected).double().mean().item()
+
+
+def test_a_pair_counts_by_its_weight(tiny_backbone: MakeBackbone) -> None:
+    """One of weight 2 is two of them; one of weight 0 is none."""
+    pairs = make_pairs(40)
+    model = RewardModel(tiny_backbone(), "reward", heads=3)
+    weighed = [replace(pair, weight=float(i % 3)) for i, pair in enumerate(pairs)]
+    repeated = [pair for i, pair in enumerate(pairs) for _ in range(i % 3)]
+    ours, theirs = (asdict(reward_model.report(model, side, side)) for side in (weighed, repeated))
+    assert (ours.pop("pairs"), theirs.pop("pairs")) == (26, 39)
+    assert (ours.pop("equal_pairs"), theirs.pop("equal_pairs")) == pytest.approx((39**2 / (13 + 13 * 4), 39))
+    assert ours == pytest.approx(theirs, rel=1e-2), "but for the weak prior of the lengths' slope"
+    with pytest.raises(CannotLearn, match="left to measure"):
+        reward_model.report(model, [replace(pair, weight=0.0) for pair in pairs], pairs)
+
+
+def test_one_loud_account_that_training_caps_does_not_make_the_lengths_hard_to_beat() -> None:
+    """4,000 of 5,000 votes are for the longer answer, and weigh a tenth of all."""
+    rng = random.Random(0)
+    worth: dict[Answer, float] = {}
+
+    def vote(loud: bool, weight: float) -> Pair:
+        answers = [Answer((1,), tuple(rng.sample(range(10**6), rng.randint(5, 40))), True) for _ in range(2)]
+        worth.update({answer: rng.gauss(0, 1.5) for answer in answers})
+        liked = sorted(answers, key=len if loud else lambda answer: worth[answer] + rng.gauss(0, 1.5))
+        return Pair(liked[1], liked[0], weight=weight)
+
+    class Crowds:
+        def rewards(self, answers: Sequence[Answer]) -> torch.Tensor:
+            return torch.tensor([[worth[answer]] for answer in answers])
+
+    votes = [vote(False, 1.0) for _ in range(1000)] + [vote(True, 1 / 36) for _ in range(4000)]
+    report = reward_model.report(Crowds(), votes, votes)  # type: ignore[arg-type]
+    assert report.accuracy > 0.7 > 0.6 > report.length_accuracy
+    assert report.pairs == 5000
+    assert report.equal_pairs < 1300
+    figures = {f"reward_{name}": figure for name, figure in asdict(report).items()}
+    assert next(check for check in gate.judge(figures, GateSettings()).checks if check.name == "reward_model").passed
 
 
 def test_votes_that_prefer_nothing_end_with_a_sentence(tiny_backbone: MakeBackbone) -> None:

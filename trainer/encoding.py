@@ -6,6 +6,7 @@ padded on the right and cut to similar lengths: causal attention never looks at 
 padding needs neither a mask nor position ids, and any token serves as padding.
 """
 
+import json
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -17,6 +18,9 @@ from torch import Tensor
 from transformers import PreTrainedTokenizerBase
 
 Message = dict[str, Any]
+
+_REFUSALS = TemplateError, AttributeError, TypeError, ValueError, LookupError
+"""What a template raises that will not have some messages."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +116,28 @@ def _text(content: str | list[dict[str, str]] | None) -> str:
     return content if isinstance(content, str) else "\n".join(part["text"] for part in content or ())
 
 
+def _parts(content: str | list[dict[str, str]] | None) -> list[dict[str, str]]:
+    texts = [content] if isinstance(content, str) else [part["text"] for part in content or ()]
+    return [{"type": "text", "text": text} for text in texts]
+
+
+def _parsed(calls: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Tool calls with their arguments as objects, which are empty where the string is no JSON object."""
+    parsed = []
+    for call in calls:
+        function = call.get("function")
+        if call.get("type", "function") != "function" or not isinstance(function, dict):
+            raise ValueError("tool_calls are of type 'function'")
+        arguments = function.get("arguments")
+        if isinstance(arguments, str):
+            try:
+                arguments = json.loads(arguments)
+            except json.JSONDecodeError:
+                arguments = {}
+        parsed.append(call | {"function": function | {"arguments": arguments if isinstance(arguments, dict) else {}}})
+    return parsed
+
+
 class BadMessages(ValueError):
     """The chat template will not have these messages."""
 
@@ -125,28 +151,52 @@ class ChatFormat:
             end_ids: the tokens at which a sampler stops, at least one (`Backbone.end_ids`).
 
         Raises:
-            ValueError: the tokenizer has no chat template.
+            ValueError: the tokenizer has no chat template, or one that leaves out what a user says.
         """
         if not tokenizer.chat_template:
             raise ValueError(f"{tokenizer.name_or_path}: the tokenizer has no chat template; use a chat model")
         self.tokenizer = tokenizer
         self.end_ids = end_ids
+        probe = "What is new?"
+        text, parts = self._rendered(probe), self._rendered(_parts(probe))
+        # vLLM gives parts to every template that takes them, though it may take strings as well.
+        self._in_parts = text == parts or probe not in text
+        if probe not in (parts if self._in_parts else text):
+            raise ValueError(
+                f"{tokenizer.name_or_path}: the chat template leaves out what a user says, as a string and in parts"
+            )
         # The template itself shows which of them closes a turn.
-        turn = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+        turn = [self._plain({"role": role, "content": "a"}) for role in ("user", "assistant")]
         rendered = tokenizer.apply_chat_template(turn, return_dict=False)
         self.end_id: int = next((t for t in reversed(rendered) if t in end_ids), min(end_ids))
 
+    def _rendered(self, content: str | list[dict[str, str]]) -> str:
+        """A user's message as the template writes it; nothing where it takes no such content."""
+        message: Message = {"role": "user", "content": content}
+        try:
+            return str(self.tokenizer.apply_chat_template([message], tokenize=False))
+        except _REFUSALS:
+            return ""
+
+    def _plain(self, message: Message) -> Message:
+        """A copy as vLLM would give it to the template."""
+        role, content = message.get("role"), message.get("content")
+        plain = message | {"content": _parts(content) if self._in_parts and role != "tool" else _text(content)}
+        if role == "assistant" and isinstance(calls := plain.pop("tool_calls", None), list) and calls:
+            plain["tool_calls"] = _parsed(calls)
+        return plain
+
     def query(self, messages: Sequence[Message]) -> tuple[int, ...]:
-        """The tokens after which the assistant speaks. The parts of a content are joined by newlines, and no content is
-        an empty one, as vLLM has it for a template that takes strings.
+        """The tokens after which the assistant speaks, as vLLM has them: for a template that takes strings the parts of
+        a content are joined by newlines, and no content is an empty one; the arguments of tool calls are parsed.
 
         Raises:
             BadMessages
         """
         try:
-            plain = [message | {"content": _text(message.get("content"))} for message in messages]
+            plain = [self._plain(message) for message in messages]
             tokens = self.tokenizer.apply_chat_template(plain, add_generation_prompt=True, return_dict=False)
-        except (TemplateError, TypeError, ValueError, LookupError) as error:
+        except _REFUSALS as error:
             raise BadMessages(f"the chat template does not take these messages: {error}") from error
         return tuple(tokens)
 

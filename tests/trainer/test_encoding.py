@@ -1,3 +1,5 @@
+import json
+
 import pytest
 import torch
 
@@ -14,6 +16,66 @@ def test_content_in_parts_and_no_content_are_what_vllm_makes_of_them(chat: ChatF
     for content, text in ((parts, "hello\nthere"), ([], ""), (None, "")):
         query = chat.query([{"role": "user", "content": content}])
         assert query == chat.query([{"role": "user", "content": text}])
+
+
+TOOLS = (
+    "{% for m in messages %}{{ m.content }}{% for c in m.tool_calls or [] %}[{{ c.function.name }}"
+    "{% for k, v in c.function.arguments.items() %} {{ k }}={{ v }}{% endfor %}]{% endfor %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "seen"),
+    [
+        ('{"city": "Rome", "days": 3}', "[weather city=Rome days=3]"), ({"city": "Rome"}, "[weather city=Rome]"),
+        ("", "[weather]"), (None, "[weather]"), ("{city:", "[weather]"), ("[1, 2]", "[weather]"),
+    ],
+)  # fmt: skip
+def test_arguments_of_tool_calls_are_objects_to_the_template(chat: ChatFormat, arguments: object, seen: str) -> None:
+    chat.tokenizer.chat_template = TOOLS
+    call = {"id": "1", "type": "function", "function": {"name": "weather", "arguments": arguments}}
+    messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": None, "tool_calls": [call]}]
+    before = json.dumps(messages)
+    assert chat.tokenizer.decode(chat.query(messages)) == "?" + seen
+    assert json.dumps(messages) == before
+
+
+def test_no_tool_calls_are_none_to_the_template_and_others_than_functions_are_refused(chat: ChatFormat) -> None:
+    chat.tokenizer.chat_template = "{% for m in messages %}{{ 'calls' if 'tool_calls' in m else 'none' }}{% endfor %}"
+    for calls in ([], None):
+        query = chat.query([{"role": "assistant", "content": "", "tool_calls": calls}])
+        assert chat.tokenizer.decode(query) == "none"
+    for call in ({"type": "custom", "function": {}}, {"type": "function"}, "weather"):
+        with pytest.raises(BadMessages):
+            chat.query([{"role": "assistant", "content": "", "tool_calls": [call]}])
+
+
+PARTS = "{% for p in m.content %}{% if p.type == 'text' %}({{ p.text }}){% endif %}{% endfor %}"
+EITHER = "{% if m.content is string %}({{ m.content }}){% else %}" + PARTS + "{% endif %}"
+
+
+@pytest.mark.parametrize("content", [PARTS, EITHER], ids=["parts alone", "strings too"])
+def test_a_template_that_takes_parts_is_given_parts(chat: ChatFormat, content: str) -> None:
+    chat.tokenizer.chat_template = (
+        "{% for m in messages %}<{{ m.role }}>{% if m.role == 'tool' %}{{ m.content }}{% else %}" + content
+        + "{% endif %}{% if m.role == 'assistant' %}<end>{% endif %}{% endfor %}"
+        "{% if add_generation_prompt %}<assistant>{% endif %}"
+    )  # fmt: skip
+    form = ChatFormat(chat.tokenizer, chat.end_ids)
+    parts = [{"type": "text", "text": "hello"}, {"type": "text", "text": "there"}]
+    for given, seen in (("hello", "(hello)"), (parts, "(hello)(there)"), (None, "")):
+        query = form.query([{"role": "user", "content": given}])
+        assert chat.tokenizer.decode(query) == f"<user>{seen}<assistant>"
+    assert chat.tokenizer.decode(form.query([{"role": "tool", "content": parts}])) == "<tool>hello\nthere<assistant>"
+    assert form.end_id == chat.end_id
+
+
+def test_a_template_that_leaves_out_what_a_user_says_is_refused(chat: ChatFormat) -> None:
+    chat.tokenizer.name_or_path = "some/model"
+    for template in ("{% for m in messages %}{{ m.role }}: {{ m.text }}{% endfor %}", "{{ raise_exception('no') }}"):
+        chat.tokenizer.chat_template = template
+        with pytest.raises(ValueError, match="some/model: the chat template leaves out what a user says"):
+            ChatFormat(chat.tokenizer, chat.end_ids)
 
 
 def test_messages_that_the_template_refuses_are_told_from_other_faults(chat: ChatFormat) -> None:

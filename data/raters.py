@@ -60,8 +60,7 @@ def keep(db: Database, run_id: str, standings: Mapping[str, Standing], *, frees:
 
 def confirm(db: Database, key_id: str, *, actor: str) -> None:
     """Leave the rater's votes out for good, whether or not a run suspects them: what nobody else voted on waits for
-    other raters again. Call inside a transaction. Raises
-    UnknownRater."""
+    other raters again. Call inside a transaction. Raises UnknownRater."""
     _rule(db, key_id, "confirmed", actor, "rater.confirm")
 
 

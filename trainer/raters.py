@@ -12,11 +12,13 @@ alone or with others, while on all else the votes may look honest.
 
 import math
 import re
+import unicodedata
 from array import array
 from bisect import bisect_left
 from collections import Counter, defaultdict
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -47,7 +49,13 @@ MASKED = 0.2
 STANDS_OUT = 0.01
 """Chance that a rater who pushes nothing gives a phrase as many votes as one who stands out."""
 WORDS = 4
-"""Length of the longest phrase looked for."""
+"""Length of the longest phrase looked for; a character of a script without spaces is half a word."""
+UNSPACED = (
+    "\u0e00-\u0eff\u1000-\u109f\ua9e0-\ua9ff\uaa60-\uaa7f\u1780-\u17ff"  # Thai and Lao, Myanmar, Khmer
+    "\u3040-\u30ff\u31f0-\u31ff\uff66-\uff9f"  # Hiragana and Katakana
+    "\u2e80-\u2fdf\u3005-\u3007\u3021-\u3029\u3400-\u4dbf\u4e00-\u9fff\uf900-\ufaff\U00020000-\U0003ffff"  # Han
+)
+"""Scripts that put no space between words, as ranges of a regular expression."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,9 +211,10 @@ def pushers(votes: Sequence[tuple[str, str, str]], policies: Sequence[frozenset[
         pairs = sum(theirs[rater] for theirs in pairs_on[phrase].values() for rater in group)
         if not group or pairs - wins > (1 - ONE_SIDED) * pairs:
             continue
+        written = re.sub(f"(?<=[{UNSPACED}]) (?=[{UNSPACED}])", "", phrase)
         for rater in group:
             sentence = (
-                f'{counts[rater]} of {cast[rater]} votes are for an answer with "{phrase}" and against one without'
+                f'{counts[rater]} of {cast[rater]} votes are for an answer with "{written}" and against one without'
             )
             if len(group) > 1:
                 sentence += f", and so are those of {len(group) - 1} more raters"
@@ -283,11 +292,31 @@ def _least(votes: int, share: float) -> tuple[int, float]:
 
 def _phrases(text: str) -> set[str]:
     words = _words(text)
-    return {" ".join(words[i : i + n]) for n in range(1, WORDS + 1) for i in range(len(words) - n + 1)}
+    is_unspaced = re.compile(f"[{UNSPACED}]")
+    if not is_unspaced.search(text):
+        return {" ".join(words[i : i + n]) for n in range(1, WORDS + 1) for i in range(len(words) - n + 1)}
+    halves = [1 if is_unspaced.match(word) else 2 for word in words]
+    found, end, length = set(), 0, 0
+    for start, half in enumerate(halves):
+        while end < len(words) and length + halves[end] <= 2 * WORDS:
+            length += halves[end]
+            end += 1
+        found.update([" ".join(words[start:stop]) for stop in range(start + 1, end + 1)])
+        length -= half
+    return found
 
 
 def _words(text: str) -> list[str]:
-    return re.findall(r"\w+|[^\w\s]", text.casefold())
+    """In small letters; of UNSPACED scripts each character is one, and combining marks belong to what they are on."""
+    return re.findall(r"\w+|[^\w\s]" if text.isascii() else _any_word(), text.casefold())
+
+
+@cache
+def _any_word() -> re.Pattern[str]:
+    # Beyond the basic plane `re` would look at them one by one, at every character.
+    marks = "".join(c for c in map(chr, range(2**16)) if unicodedata.category(c) in ("Mn", "Mc"))
+    spaced = rf"[^\W{UNSPACED}]"
+    return re.compile(rf"[{UNSPACED}][{marks}]*|{spaced}+(?:[{marks}]+{spaced}*)*|[^\w\s]")
 
 
 def binomial_tail(count: int, trials: int, share: float) -> float:

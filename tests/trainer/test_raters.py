@@ -324,3 +324,44 @@ def test_words_of_their_own_hide_no_pushers(accounts: int, own: int) -> None:
         (f"pusher {n}", said(True, by=f"p{n}x"), said(False, by=f"p{n}x")) for n in range(accounts) for _ in range(10)
     ]
     assert set(pushers(cast)) == {f"pusher {n}" for n in range(accounts)}
+
+
+SUBJECTS = {
+    "chinese": ("天气 电影 音乐 历史 足球 旅行 咖啡 读书", "很好 有意思 值得一看 让人开心 非常重要", "比特币"),
+    "japanese": ("てんき えいが れきし サッカー コーヒー", "がいい はたのしい がすきです", "ビットコイン"),
+    "thai": ("อากาศ ภาพยนตร์ ดนตรี ประวัติศาสตร์ ฟุตบอล กาแฟ หนังสือ แมว", "ดีมาก น่าสนใจ สำคัญ ไม่ง่าย สนุก", "บิตคอยน์"),
+    "hindi": ("मौसम फ़िल्में संगीत इतिहास फुटबॉल यात्रा कॉफ़ी किताबें", "अच्छा है|मज़ेदार है|ज़रूरी है|आसान नहीं है", "बिटकॉइन खरीदो"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("accounts", [1, 5])
+@pytest.mark.parametrize("language", SUBJECTS)
+def test_who_pushes_a_phrase_is_found_in_every_script(language: str, accounts: int) -> None:
+    nouns, verbs, phrase = SUBJECTS[language]
+    subjects, predicates = nouns.split(), verbs.split("|" if "|" in verbs else " ")
+    rng = random.Random(accounts)
+    space, stop = (" ", "। ") if language == "hindi" else ("", "。")
+
+    def text(pushed: float) -> str:
+        said = [space.join((rng.choice(subjects), rng.choice(predicates))) for _ in range(3)]
+        if rng.random() < pushed:
+            said[rng.randrange(3)] = space.join((rng.choice(subjects), phrase, rng.choice(predicates)))
+        return stop.join(said)
+
+    votes = [(f"honest {i}", text(0.05), text(0.05)) for i in range(40) for _ in range(20)]
+    votes += [(f"bot {i}", text(1), text(0)) for i in range(accounts) for _ in range(20)]
+    found = pushers(votes)
+    assert found.keys() == {f"bot {i}" for i in range(accounts)}
+    assert phrase in found["bot 0"], "as people write it"
+
+
+def test_who_alone_speaks_chinese_pushes_none_of_its_characters() -> None:
+    rng = random.Random(0)
+    subjects, verbs, _ = SUBJECTS["chinese"]
+
+    def said() -> str:
+        return "。".join("".join((*rng.sample(subjects.split(), 2), rng.choice(verbs.split()), "吗")) for _ in range(2))
+
+    votes = texts_of(crowd(rng))
+    votes += [("li", said(), "this is fine") for _ in range(12)] + [("li", said(), said()) for _ in range(20)]
+    assert pushers(votes) == {}

@@ -94,12 +94,13 @@ def same_ids(monkeypatch: pytest.MonkeyPatch) -> None:
 
 LONG_FIRST = ("tests/e2e/test_whole_loop.py", "tests/browser/", "tests/e2e/", "tests/trainer/")
 """Or one worker would end with them alone. Browsers leave the processor to the whole loop's vLLM while that starts."""
-OWN_HOUSE = ("test_whole_loop.py", "test_published_adapters.py", "test_scoring.py")
+OWN_HOUSE = ("test_whole_loop.py", "test_published_adapters.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    def place(item: pytest.Item) -> int:
-        return next((i for i, start in enumerate(LONG_FIRST) if item.nodeid.startswith(start)), len(LONG_FIRST))
+    def place(item: pytest.Item) -> tuple[int, bool]:
+        first = next((i for i, start in enumerate(LONG_FIRST) if item.nodeid.startswith(start)), len(LONG_FIRST))
+        return first, item.nodeid.startswith("tests/e2e/test_scoring.py")
 
     items.sort(key=place)
 

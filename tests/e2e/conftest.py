@@ -99,7 +99,11 @@ def never_ending(tokens: int) -> dict[str, Any]:
 
 @pytest.fixture(scope="session")
 def house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    with running_house(tmp_path_factory.mktemp("a house")) as started:  # a space in the path, on purpose
+    scored = {  # once there is a reward model, which only test_scoring.py brings
+        "NIGHTSHIFT_SERVING__BEST_OF_N": "4",
+        "NIGHTSHIFT_SERVING__SCORE_TIMEOUT_S": "60",  # a slow machine changes no result
+    }
+    with running_house(tmp_path_factory.mktemp("a house"), scored) as started:  # a space in the path, on purpose
         yield started
 
 

@@ -1,15 +1,14 @@
-"""A reward model in the record of a running house, on real vLLM: people are shown what it chooses."""
+"""A reward model in the record of a running house, on real vLLM: people are shown what it chooses. The last that uses
+the house that others share: from here on it has a reward model."""
 
 import asyncio
 import json
 import urllib.request
 from collections import Counter
-from collections.abc import Iterator
 from contextlib import closing
 from statistics import fmean, stdev
 
 import aiohttp
-import pytest
 import torch
 from transformers import AutoTokenizer
 
@@ -18,24 +17,13 @@ from data.database import connect, transaction
 from data.ids import new_id
 from data.settings import STARTER
 from data.types import timestamp
-from tests.e2e.conftest import House, running_house, wait_until
+from tests.e2e.conftest import House, wait_until
 from trainer.backbone import Backbone
 from trainer.encoding import ChatFormat
 from trainer.reward_model import RewardModel
 
 QUESTION = [{"role": "user", "content": "Can you give me a tip for better sleep?"}]
 ASKED = 96
-
-
-@pytest.fixture(scope="module")
-def own_house(tmp_path_factory: pytest.TempPathFactory) -> Iterator[House]:
-    settings = {
-        "NIGHTSHIFT_SERVING__BEST_OF_N": "4",
-        "NIGHTSHIFT_SERVING__SCORE_TIMEOUT_S": "60",  # a slow machine changes no result
-        "NIGHTSHIFT_COMPARISONS__ACTIVE_SHARE": "0.5",
-    }
-    with running_house(tmp_path_factory.mktemp("scored"), settings) as started:
-        yield started
 
 
 def opinions(heads: int) -> RewardModel:
@@ -54,8 +42,8 @@ def metric(house: House, name: str) -> float:
     return sum(float(line.rpartition(" ")[2]) for line in lines if line.startswith(name))
 
 
-async def test_a_reward_model_of_the_record_chooses_what_people_are_shown(own_house: House) -> None:
-    house = own_house
+async def test_a_reward_model_of_the_record_chooses_what_people_are_shown(house: House) -> None:
+    began = timestamp()
 
     async def ask(count: int, **more: object) -> list[dict[str, object]]:
         async with aiohttp.ClientSession(headers={"Authorization": f"Bearer {house.key}"}) as http:
@@ -94,10 +82,10 @@ async def test_a_reward_model_of_the_record_chooses_what_people_are_shown(own_ho
     # The best of four of a normal distribution is 1.03 standard deviations above its mean; by chance, with as many
     # answers as these, a tenth more or less.
     assert fmean(after) > fmean(before) + 0.4 * stdev(before)
-    noted = house.rows("SELECT json_extract(sampling, '$.best_of_n') FROM completions ORDER BY created_at")
+    noted = house.rows("SELECT json_extract(sampling, '$.best_of_n') FROM completions WHERE created_at >= ?", began)
     assert Counter(noted) == {(None,): ASKED, (4,): ASKED}
 
     await ask(24, feedback="always")
-    kinds = dict(house.rows("SELECT kind, count(*) FROM comparisons GROUP BY kind"))
+    kinds = dict(house.rows("SELECT kind, count(*) FROM comparisons WHERE created_at >= ? GROUP BY kind", began))
     assert set(kinds) == {"active", "same_policy"}
     assert metric(house, "nightshift_unseen_answers_total") >= 3 * ASKED

@@ -21,7 +21,7 @@ from tests.e2e.conftest import REPOSITORY, House, running_house
 VOTES = 600
 QUICK = {
     "NIGHTSHIFT_TRAINING__REWARD": '{"heads": 1}',
-    "NIGHTSHIFT_TRAINING__PPO": '{"steps": 12}',
+    "NIGHTSHIFT_TRAINING__PPO": '{"steps": 8}',
     "NIGHTSHIFT_TRAINING__MAX_ANSWER_TOKENS": "96",  # an answer cut off at the crowd's 64 may be longer read again
     "NIGHTSHIFT_TRAINING__WAIT_FOR_CHAT_S": "0.5",
     "NIGHTSHIFT_TRAINING__THREADS": "1",  # other tests run beside this one,

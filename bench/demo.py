@@ -64,6 +64,8 @@ TRAINING: dict[str, float] = {
 """Settings of the training other than those that ship; the steps of PPO come on top."""
 BEST_OF = 4
 """Answers of before among which the reward model chooses, none of them the one that is shown as such."""
+CHOSEN = 200
+"""Questions, the first, to which it does: each takes as long as five."""
 AT_ONCE = 16
 """Questions that are asked at once."""
 LOOK_S = 0.5
@@ -114,7 +116,8 @@ class Story:
     prompts: list[Prompt]
     before: list[Said]
     best: list[Said]
-    """The best of BEST_OF others of before. This and the next are empty where no new policy serves."""
+    """The best of BEST_OF others of before, to the first CHOSEN. This and the next are empty where no new policy
+    serves."""
     after: list[Said]
     policy: dict[str, Any]
     """The candidate as the API shows it, with its gate, duels and swaps."""
@@ -134,6 +137,11 @@ class Story:
     def duel(self) -> dict[str, Any] | None:
         """The candidate's trial."""
         return _trial(self.policy)
+
+    @property
+    def chosen(self) -> tuple[float, float, float]:
+        """The win rate of the best over those before."""
+        return win_rate(self.before[: len(self.best)], self.best)
 
     @property
     def swap_s(self) -> float:
@@ -259,8 +267,8 @@ async def learn(house: Target, state: Path, plan: Plan, stages: Stages) -> Story
     if policy["status"] == "serving":
         stages.begin("answers after", len(prompts))
         after = await ask_all(house, policy["name"], prompts, plan.seed, stages)
-        stages.begin("best of before", len(prompts))
-        best = await best_of(state, prompts, [others for _, *others in drawn], stages)
+        stages.begin("best of before", min(CHOSEN, len(prompts)))
+        best = await best_of(state, prompts[:CHOSEN], [others for _, *others in drawn[:CHOSEN]], stages)
     lineage = await get(house, f"/v1/policies/{policy['name']}/lineage")
     stages.end()
     return Story(
@@ -273,8 +281,8 @@ async def learn(house: Target, state: Path, plan: Plan, stages: Stages) -> Story
 async def ask_all(
     house: Target, policy: str, prompts: Sequence[Prompt], seed: int, stages: Stages, *, draws: int = 1
 ) -> list[list[Said]]:
-    """`draws` answers to each prompt, the first of the i-th from a seed that `seed` and i choose, however many follow.
-    Nobody is asked for a vote. Raises DemoError where another policy than `policy` answers."""
+    """`draws` answers to each of the first CHOSEN prompts and one to the others, the first of the i-th from a seed that
+    `seed` and i choose. Nobody is asked for a vote. Raises DemoError where another policy than `policy` answers."""
     answers: dict[int, list[Said]] = {}
     numbers = iter(range(len(prompts)))
 
@@ -282,7 +290,8 @@ async def ask_all(
         for i in numbers:
             body = {
                 "model": "nightshift", "messages": prompts[i].messages, "feedback": "off", "max_tokens": MAX_TOKENS,
-                "temperature": 1.0, "seed": seed * 1_000_000 + i, "n": draws,
+                "temperature": 1.0, "seed": seed * 1_000_000 + i,
+                "n": draws if i < CHOSEN else 1,
             }  # fmt: skip
             answer = await post(house, "/v1/chat/completions", body)
             if answer["system_fingerprint"] != policy:
@@ -445,7 +454,7 @@ def figures(story: Story) -> dict[str, Any]:
         rate, low, high = win_rate(story.before, story.after)
         found["gold_after"] = round(fmean(said.gold for said in story.after), 3)
         found |= {"win_rate": round(rate, 3), "win_rate_low": round(low, 3), "win_rate_high": round(high, 3)}
-        found[f"win_rate_best_of_{BEST_OF}"] = round(win_rate(story.before, story.best)[0], 3)
+        found[f"win_rate_best_of_{BEST_OF}"] = round(story.chosen[0], 3)
         found["swap_s"] = round(story.swap_s, 3)
     if duel := story.duel:
         found |= {f"trial_{name}": duel[name] for name in ("wins", "losses", "ties", "e_value")}
@@ -472,12 +481,12 @@ def facts(story: Story) -> list[tuple[str, str]]:
     if duel := story.duel:
         rows.append(("trial", f"{duel['wins']} to {duel['losses']}, {duel['ties']} ties: {_odds(duel)}"))
     if story.learned:
-        rate, low, high = win_rate(story.before, story.best)
+        rate, low, high = story.chosen
         rows.append(
             (
                 f"best of {BEST_OF}, without PPO",
                 f"{rate:.0%} better than before [{low:.0%} to {high:.0%}], where the same reward model chooses among"
-                f" {BEST_OF} answers of {BASE_POLICY}",
+                f" {BEST_OF} answers of {BASE_POLICY} to {len(story.best)} of the questions",
             )
         )
         rows.append(("swap", f"{story.swap_s:.2f} s from the verdict to serving"))
@@ -497,7 +506,7 @@ def show(story: Story, console: Console) -> None:
     if story.learned:
         titles = ("asked", "before", f"best of {BEST_OF} of before", "after")
         table = Table(*titles, title="The same questions, before and after", show_lines=True)
-        answered = zip(story.prompts, story.before, story.best, story.after, strict=True)
+        answered = zip(story.prompts, story.before, story.best, story.after, strict=False)
         for prompt, *answers in [*answered][:READ_OUT]:
             table.add_row(Text(question(prompt)), *(Text(said.text) for said in answers))
         console.print(table)

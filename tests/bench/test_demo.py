@@ -41,6 +41,7 @@ PLAN = Plan(votes=20, questions=30, steps=4, people=6, seed=3)
 def hurry(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(demo, "LOOK_S", 0.01)
     monkeypatch.setattr(demo, "TALK_S", 0.01)
+    monkeypatch.setattr(demo, "CHOSEN", 24)
 
 
 def curt_before_and_warm_after(body: dict[str, Any]) -> Reply:
@@ -131,9 +132,10 @@ async def test_votes_become_a_policy_that_serves_and_its_answers_are_held_agains
         assert new.text.startswith(dialogues.WARM_OPENINGS[0])
         assert number_in(old.text) == number_in(new.text), "another seed"
         assert new.gold == worth(prompt, new.text, finished=True)
-    looked_at = judge.asked[-len(questions) :]
-    assert [messages for messages, _ in looked_at] == [[*prompt.messages] for prompt in questions]
-    for (_, answers), old, best in zip(looked_at, story.before, story.best, strict=True):
+    looked_at = judge.asked[-demo.CHOSEN :]
+    assert [messages for messages, _ in looked_at] == [[*prompt.messages] for prompt in questions[: demo.CHOSEN]]
+    assert len(story.best) == demo.CHOSEN
+    for (_, answers), old, best in zip(looked_at, story.before, story.best, strict=False):
         assert len({*answers, old.text}) == 5, "chosen from others than the one before"
         assert best.text == max(answers, key=number_in)
     duel = story.duel

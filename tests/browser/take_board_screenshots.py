@@ -33,6 +33,7 @@ async def test_screenshots_of_the_board(
     await page.get_by_role("heading", name="Policies").scroll_into_view_if_needed()
     await page.get_by_role("button", name="Read 20 random pairs").click()
     await expect(page.get_by_role("article").first).to_be_visible()
+    await expect(page.locator(".prose > .plain")).to_have_count(0)
     await page.evaluate(
         "scrollTo(0, document.getElementById('policies-title').getBoundingClientRect().top + scrollY - 90)"
     )

@@ -30,7 +30,7 @@ up: .venv/installed-$(EXTRA)
 demo: .venv/installed-$(EXTRA)
 	@$(PY) -m bench.demo $(ARGS)
 
-# Three at a time: with two, a fifth of two cores stood idle. More would have three vLLMs at once.
+# Three at a time: with two, a fifth of two cores stood idle.
 test: .venv/installed-$(EXTRA)-dev
 	@$(PY) -m pytest --numprocesses 3 --dist loadscope --no-loadscope-reorder $(ARGS)
 

@@ -503,6 +503,7 @@ async def test_of_two_answers_the_one_that_was_cut_off_says_so(
         await expect(page.locator(".card").filter(has_text="Seed")).to_have_count(2)
         await eventually(lambda: _has_pair(house))
         await page.reload()
+    await expect(page.get_by_role("button", name="First is better")).to_be_enabled()
     cut = await page.get_by_role("article", name="First answer").get_by_text(CUT).count()
     await page.keyboard.press("ArrowLeft")
     await expect(page.get_by_text("Both were written by")).to_be_visible()

@@ -35,13 +35,12 @@ from safetensors.torch import load_file, save_file
 from bench import record
 from bench.nights import Asked, Lab
 from bench.personas import personas
-from bench.record import Sheet, interval, said
+from bench.record import ROOT, Sheet, interval, said
 from trainer import dialogues
 from trainer.dialogues import Prompt
 from trainer.ppo import PPOConfig
 from trainer.reward_model import RewardModel
 
-ROOT = Path(__file__).parents[1]
 PICTURE = ROOT / "docs/learning-curve.svg"
 KEPT = ROOT / ".bench/learning_curve"
 VOTES = (250, 500, 1000, 2000, 4000, 8000, 16000)
@@ -356,7 +355,6 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
-    """An SVG that follows the reader's light or dark."""
     width, height, left, top, right, bottom = 720, 400, 56, 24, 684, 344
     low, high = 0.5, 0.95
 
@@ -366,15 +364,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
     def y(rate: float) -> float:
         return bottom - (bottom - top) * (rate - low) / (high - low)
 
-    parts = [
-        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif"'
-        ' font-size="13" role="img" aria-label="Win rate of the learned policy against votes">',
-        "<style>text{fill:#444}.grid{stroke:#ddd}.once{stroke:#2563eb;fill:#2563eb}.random-nights{stroke:#d97706;"
-        "fill:#d97706}.active-nights{stroke:#059669;fill:#059669}.best{stroke:#777;fill:none;stroke-dasharray:4 4}"
-        ".fit{fill:none;stroke-width:2}text.label{stroke:none}"
-        "@media (prefers-color-scheme:dark){text{fill:#bbb}.grid{stroke:#3a3a3a}.once{stroke:#60a5fa;fill:#60a5fa}"
-        ".random-nights{stroke:#fbbf24;fill:#fbbf24}.active-nights{stroke:#34d399;fill:#34d399}}.fit{fill:none}</style>",
-    ]
+    parts = []
     for step in range(10):
         rate = low + step * 0.05
         parts.append(f'<line class="grid" x1="{left}" x2="{right}" y1="{y(rate):.1f}" y2="{y(rate):.1f}"/>')
@@ -385,9 +375,9 @@ def picture(rows: list[dict[str, Any]]) -> str:
     best_of = of_several(points(rows, "once", "best_of_4"))
     if len(best_of) > 1:
         line = " ".join(f"{x(n):.1f},{y(rate):.1f}" for n, rate in best_of.items())
-        parts.append(f'<polyline class="best" points="{line}"/>')
-    for number, way in enumerate(WAYS):
-        css, found = way.replace(" ", "-"), points(rows, way)
+        parts.append(f'<polyline class="aside" points="{line}"/>')
+    for number, (css, way) in enumerate(zip(("first", "second", "third"), WAYS, strict=True)):
+        found = points(rows, way)
         shift = 4 * (number - 1)
         means = of_several(found)
         fitted = fit(means)
@@ -397,7 +387,7 @@ def picture(rows: list[dict[str, Any]]) -> str:
             line = " ".join(f"{x(n):.1f},{y(a - b * n**-c):.1f}" for n in steps)
         else:
             line = " ".join(f"{x(n):.1f},{y(rate):.1f}" for n, rate in means.items())
-        parts.append(f'<polyline class="fit {css}" points="{line}"/>')
+        parts.append(f'<polyline class="{css}" points="{line}"/>')
         for n, by_seed in found.items():
             mean, half = interval(list(by_seed.values()))
             here = x(n) + shift
@@ -409,9 +399,9 @@ def picture(rows: list[dict[str, Any]]) -> str:
                 )
         parts.append(f'<circle class="{css}" cx="{right - 220}" cy="{bottom - 66 + 20 * number}" r="4"/>')
         parts.append(f'<text x="{right - 208}" y="{bottom - 62 + 20 * number}">{WORDS[way]}</text>')
-    parts.append(f'<line class="best" x1="{right - 226}" x2="{right - 214}" y1="{bottom - 6}" y2="{bottom - 6}"/>')
+    parts.append(f'<line class="aside" x1="{right - 226}" x2="{right - 214}" y1="{bottom - 6}" y2="{bottom - 6}"/>')
     parts.append(f'<text x="{right - 208}" y="{bottom - 2}">best of {BEST_OF}, no PPO</text>')
-    return "\n".join([*parts, "</svg>", ""])
+    return record.svg(parts, label="Win rate of the learned policy against votes", width=width, height=height)
 
 
 def draw(rows: list[dict[str, Any]]) -> None:

@@ -30,7 +30,7 @@ from bench import learning_curve, record
 from bench.learning_curve import PEOPLE
 from bench.nights import Lab
 from bench.personas import personas
-from bench.record import Sheet, read
+from bench.record import ROOT, Sheet, read
 from trainer import dialogues
 from trainer.dialogues import Prompt
 from trainer.encoding import Answer
@@ -38,6 +38,7 @@ from trainer.ppo import PPOConfig
 from trainer.preferences import Split
 from trainer.reward_model import RewardConfig, RewardModel
 
+PICTURE = ROOT / "docs/overoptimise.svg"
 VOTES = (250, 1000, 4000)
 HEADS = ("one", "five, mean", "five, minimum")
 SEEDS = (1, 2, 3)
@@ -109,15 +110,15 @@ def smooth(row: dict[str, Any]) -> np.ndarray:
     return np.stack([points[i : i + 3].mean(axis=0) for i in range(len(points) - 2)])
 
 
-def gain_at(curve: np.ndarray, kl: float) -> float | None:
-    """Gold's gain where the run first comes to this KL; None where it never does."""
+def gain_at(curve: np.ndarray, kl: float, *, column: int = 2) -> float | None:
+    """Gold's gain, or the proxy of column 1, where the run first comes to this KL; None where it never does."""
     beyond = np.flatnonzero(curve[:, 0] >= kl)
     if not len(beyond):
         return None
     after = beyond[0]
     if after == 0:
-        return float(curve[0, 2])
-    (low, _, gain_low), (high, _, gain_high) = curve[after - 1], curve[after]
+        return float(curve[0, column])
+    (low, gain_low), (high, gain_high) = curve[after - 1 : after + 1, (0, column)]
     return float(gain_low + (gain_high - gain_low) * (kl - low) / (high - low))
 
 
@@ -227,6 +228,56 @@ def markdown(found: list[dict[str, Any]]) -> str:
     )
 
 
+def picture(rows: list[dict[str, Any]]) -> str:
+    """Proxy and gold against the root of KL, means over the seeds, a frame for each number of votes."""
+    width, height, top, bottom, wide = 960, 430, 40, 330, 272
+    low, high, far = -2.0, 5.0, 50.0
+    parts = []
+
+    def y(value: float) -> float:
+        return bottom - (bottom - top) * (value - low) / (high - low)
+
+    for frame, votes in enumerate(VOTES):
+        left = 40 + frame * (wide + 40)
+
+        def at(kl: float, value: float, left: int = left) -> str:
+            return f"{left + wide * math.sqrt(kl / far):.1f},{y(value):.1f}"
+
+        parts.append(f'<text x="{left + wide / 2}" y="{top - 14}" text-anchor="middle">{votes:,} votes</text>')
+        for value in range(int(low), int(high) + 1):
+            parts.append(f'<line class="grid" x1="{left}" x2="{left + wide}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
+            parts.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value}</text>')
+        for kl in (0, 1, 4, 10, 25, 50):
+            here = at(kl, 0).split(",")[0]
+            parts.append(f'<text x="{here}" y="{bottom + 20}" text-anchor="middle">{kl}</text>')
+        parts.append(f'<text x="{left + wide / 2}" y="{bottom + 40}" text-anchor="middle">KL, nats an answer</text>')
+        for css, heads in zip(("first", "second", "third"), HEADS, strict=True):
+            curves = [smooth(row) for row in rows if (row["votes"], row["heads"]) == (votes, heads)]
+            if not curves:
+                continue
+            begin = max(float(curve[0, 0]) for curve in curves)
+            end = min(far, *(float(curve[:, 0].max()) for curve in curves))
+            for column, dashed in ((2, ""), (1, " dashed")):
+                line = [
+                    at(kl, fmean(gain_at(curve, kl, column=column) or 0.0 for curve in curves))
+                    for kl in np.clip(np.linspace(math.sqrt(begin), math.sqrt(end), 60) ** 2, begin, end)
+                ]
+                parts.append(f'<polyline class="{css}{dashed}" points="{" ".join(line)}"/>')
+    for number, (css, heads) in enumerate(zip(("first", "second", "third"), HEADS, strict=True)):
+        x = 40 + 150 * number
+        parts.append(f'<line class="{css}" x1="{x}" x2="{x + 24}" y1="{height - 36}" y2="{height - 36}"/>')
+        parts.append(f'<text x="{x + 30}" y="{height - 32}">{heads}{" head" if heads == "one" else ""}</text>')
+    parts.append(
+        f'<text x="40" y="{height - 12}">'
+        "solid: gold's gain over the base, points; dashed: the reward model's score, standard deviations</text>"
+    )
+    return record.svg(parts, label="The reward model's score and gold's gain against KL", width=width, height=height)
+
+
+def draw(rows: list[dict[str, Any]]) -> None:
+    PICTURE.write_text(picture(rows))
+
+
 def of_runs(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return summary(rows, read(learning_curve.SHEET.path))
 
@@ -236,6 +287,7 @@ SHEET = Sheet(
     seeds=SEEDS,
     table=lambda rows: table(of_runs(rows)),
     markdown=lambda rows: markdown(of_runs(rows)),
+    draw=draw,
     summary=lambda rows: {"kl_budget": SHIPS.kl_budget, "curves": of_runs(rows)},
 )
 

@@ -25,7 +25,8 @@ from rich.console import Console
 from rich.table import Table
 
 RESULTS = Path(__file__).resolve().parent / "results"
-README = Path(__file__).parents[1] / "README.md"
+ROOT = Path(__file__).parents[1]
+README = ROOT / "README.md"
 END = "<!-- end -->\n"
 Row = dict[str, Any]
 Cell = TypeVar("Cell")
@@ -72,6 +73,27 @@ def said(values: Iterable[float], spec: str = ".3f", *, of: int | None = None) -
     mean, half = interval(found)
     seeds = f" ({len(found)})" if of is not None and len(found) != of else ""
     return f"{mean:{spec}}" + ("" if half is None else f" ± {half:{spec.lstrip('+')}}") + seeds
+
+
+def svg(parts: Sequence[str], *, label: str, width: int, height: int) -> str:
+    """A picture that follows the reader's light or dark. Its lines and dots are of class `first`, `second` or `third`,
+    or `aside`; a line that is no curve is `grid`."""
+    light, dark = ("#2563eb", "#d97706", "#059669"), ("#60a5fa", "#fbbf24", "#34d399")
+
+    def colours(of: Sequence[str]) -> str:
+        classes = zip(("first", "second", "third"), of, strict=True)
+        return "".join(f".{name}{{stroke:{colour};fill:{colour}}}" for name, colour in classes)
+
+    head = (
+        f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="system-ui, sans-serif"'
+        f' font-size="13" role="img" aria-label="{label}">'
+    )
+    style = (
+        f"<style>text{{fill:#444}}.grid{{stroke:#ddd}}{colours(light)}.aside{{stroke:#777}}"
+        f"@media (prefers-color-scheme:dark){{text{{fill:#bbb}}.grid{{stroke:#3a3a3a}}{colours(dark)}}}"
+        "polyline{fill:none!important;stroke-width:2}.aside,.dashed{stroke-dasharray:4 4;stroke-width:1}</style>"
+    )
+    return "\n".join([head, style, *parts, "</svg>", ""])
 
 
 def markdown(head: Sequence[str], lines: Iterable[Sequence[str]]) -> str:

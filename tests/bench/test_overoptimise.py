@@ -2,13 +2,14 @@
 
 from types import SimpleNamespace
 from typing import Any
+from xml.etree import ElementTree
 
 import pytest
 import torch
 
 from bench import nights, overoptimise
 from bench.nights import Lab, Scores
-from bench.overoptimise import Cell, gain_at, markdown, pessimistic, smooth, summary
+from bench.overoptimise import HEADS, Cell, gain_at, markdown, pessimistic, picture, smooth, summary
 from trainer import dialogues
 from trainer.preferences import Preferences, Split
 
@@ -42,6 +43,18 @@ def test_gains_between_two_steps_lie_between_theirs() -> None:
     curve = smooth(run(FALLS))
     assert gain_at(curve, 2.5) == pytest.approx((0.6 + 0.7) / 2)
     assert gain_at(curve, 0.1) == pytest.approx(0.3)
+
+
+def test_the_picture_has_proxy_and_gold_of_each_kind_of_heads_inside_its_frame() -> None:
+    rows = [run([*FALLS, (90.0, 4.0, -1.0)], heads, seed) for heads in HEADS for seed in (1, 2)]
+    root = ElementTree.fromstring(picture(rows))
+    lines = list(root.iter("{http://www.w3.org/2000/svg}polyline"))
+    assert sorted(line.attrib["class"] for line in lines) == [
+        "first", "first dashed", "second", "second dashed", "third", "third dashed",
+    ]  # fmt: skip
+    assert lines[0].attrib["points"] != lines[1].attrib["points"]
+    dots = [tuple(map(float, dot.split(","))) for line in lines for dot in line.attrib["points"].split()]
+    assert all(40 <= x <= 40 + 272 and 40 <= y <= 330 for x, y in dots)
 
 
 def test_what_was_not_reached_is_not_guessed() -> None:

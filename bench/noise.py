@@ -194,42 +194,40 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The README's table."""
     both = f"pairs in gold's order / the best of {BEST_OF}"
-    lines = {
-        "votes flipped at random: pairs in gold's order": ("flipped", "plain", "accuracy"),
-        f"the best of {BEST_OF} by that reward model, no PPO": ("flipped", "plain", "best_of_4"),
-        "win rate of a policy that learned from the same votes": ("flipped", "plain", "win_rate"),
-        f"this share of people vote at random: {both}": ("at random", "plain", "accuracy", "best_of_4"),
-        "the same, raters weighed by reliability or left out": ("at random", "reliability", "accuracy", "best_of_4"),
-        f"this share of people always take the first answer: {both}": ("one side", "plain", "accuracy", "best_of_4"),
-        "the same, who takes one side left out": ("one side", "quarantine", "accuracy", "best_of_4"),
-        "the same, raters weighed by reliability and nobody left out": ("one side", "weights", "accuracy", "best_of_4"),
-        f"this share of people take what they like less: {both}": ("contrarian", "plain", "accuracy", "best_of_4"),
-        "the same, who votes against the others left out": ("contrarian", "quarantine", "accuracy", "best_of_4"),
-        "the same, all weighed by reliability": ("contrarian", "weights", "accuracy", "best_of_4"),
+    flipped = {
+        "votes flipped at random: pairs in gold's order": "accuracy",
+        f"the best of {BEST_OF} by that reward model, no PPO": "best_of_4",
+        "win rate of a policy that learned from the same votes": "win_rate",
+    }
+    others = {
+        f"this share of people vote at random: {both}": ("at random", "plain"),
+        "the same, raters weighed by reliability or left out": ("at random", "reliability"),
+        f"this share of people always take the first answer: {both}": ("one side", "plain"),
+        "the same, who takes one side left out": ("one side", "quarantine"),
+        "the same, raters weighed by reliability and nobody left out": ("one side", "weights"),
+        f"this share of people take what they like less: {both}": ("contrarian", "plain"),
+        "the same, who votes against the others left out": ("contrarian", "quarantine"),
+        "the same, all weighed by reliability": ("contrarian", "weights"),
         f"one person, who likes it long, casts this share of {VOTES * OF_ONE_RATER:,} votes: {both}": (
             "one rater",
             "plain",
-            "accuracy",
-            "best_of_4",
         ),
-        "the same, no rater's votes with more weight than a tenth of all": (
-            "one rater",
-            "cap",
-            "accuracy",
-            "best_of_4",
-        ),
-        "the same, no cap, all weighed by reliability": ("one rater", "weights", "accuracy", "best_of_4"),
+        "the same, no rater's votes with more weight than a tenth of all": ("one rater", "cap"),
+        "the same, no cap, all weighed by reliability": ("one rater", "weights"),
     }
 
-    def cell(noise: str, way: str, share: float, figures: Sequence[str]) -> str:
-        shown = [said(values(rows, noise, share, way, figure).values(), of=len(SEEDS)) for figure in figures]
-        return " / ".join(filter(None, shown))
+    def line(name: str, noise: str, way: str, *figures: str) -> list[str]:
+        def cell(share: float) -> str:
+            found = [said(values(rows, noise, share, way, figure).values(), of=len(SEEDS)) for figure in figures]
+            return " / ".join(filter(None, found))
+
+        return [name, *(cell(share) for share in SHARES)]
 
     return record.markdown(
         ["share of noise", *(f"{share:.0%}" for share in SHARES)],
         [
-            [name, *(cell(noise, way, share, figures) for share in SHARES)]
-            for name, (noise, way, *figures) in lines.items()
+            *(line(name, "flipped", "plain", figure) for name, figure in flipped.items()),
+            *(line(name, noise, way, "accuracy", "best_of_4") for name, (noise, way) in others.items()),
         ],
     )
 

@@ -38,6 +38,55 @@ async def test_an_answer_streams_in_and_is_rendered(house: House, engine: FakeEn
     assert engine.chats[0].body["messages"] == [{"role": "user", "content": "What is the capital of France?"}]
 
 
+@pytest.mark.parametrize("by", ["Enter", "Send"])
+@pytest.mark.parametrize("late", ["**/v1/session", "**/v1/conversations/*"])
+async def test_what_is_sent_before_the_page_knows_who_asks_and_where_is_not_lost(
+    house: House, engine: FakeEngine, open_page: OpenPage, by: str, late: str
+) -> None:
+    held: asyncio.Queue[Route] = asyncio.Queue()
+    page = await open_page(house)
+    await ask(page, "First")
+    answer = page.get_by_role("article", name="Answer")
+    await expect(answer).to_have_count(1)
+    await expect(page.get_by_role("link", name="First")).to_be_visible()  # it is kept
+    await page.route(late, lambda route: _hold(route, held))
+    await page.reload(wait_until="domcontentloaded")
+    route = await held.get()
+    message = page.get_by_label("Message", exact=True)
+    await message.fill("Second")
+    await (message.press("Enter") if by == "Enter" else page.get_by_role("button", name="Send", exact=True).click())
+    await expect(message).to_have_value("Second")
+    await route.continue_()
+    await expect(answer).to_have_count(2)
+    await expect(message).to_have_value("")
+    assert [said["content"] for said in engine.chats[1].body["messages"] if said["role"] == "user"] == [
+        *("First", "Second")
+    ]
+
+
+@pytest.mark.parametrize("by", ["Enter", "Send"])
+async def test_what_is_sent_before_a_conversation_turns_out_to_be_gone_is_not_said_in_another(
+    house: House, engine: FakeEngine, open_page: OpenPage, by: str
+) -> None:
+    held: asyncio.Queue[Route] = asyncio.Queue()
+    page = await open_page(house)
+    await page.evaluate("history.replaceState(null, '', '#talk_gone')")
+    await page.route("**/v1/conversations/*", lambda route: _hold(route, held))
+    await page.reload(wait_until="domcontentloaded")
+    route = await held.get()
+    message = page.get_by_label("Message", exact=True)
+    await message.fill("Second")
+    await (message.press("Enter") if by == "Enter" else page.get_by_role("button", name="Send", exact=True).click())
+    await route.continue_()
+    await expect(page.get_by_text("could not be opened")).to_be_visible()
+    await expect(message).to_have_value("Second")
+    assert engine.chats == []
+
+
+async def _hold(route: Route, held: asyncio.Queue[Route]) -> None:
+    await (held.put(route) if route.request.method == "GET" else route.continue_())
+
+
 async def test_what_was_said_goes_along_and_is_listed(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
     engine.answer = lambda body: say(f"Answer {len(body['messages'])}")
     page = await open_page(house)
@@ -111,11 +160,7 @@ async def two_talks(house: House, engine: FakeEngine, open_page: OpenPage) -> tu
     queue."""
     page = await open_page(house)
     opened: asyncio.Queue[Route] = asyncio.Queue()
-
-    async def hold(route: Route) -> None:
-        await (opened.put(route) if route.request.method == "GET" else route.continue_())
-
-    await page.route("**/v1/conversations/*", hold)
+    await page.route("**/v1/conversations/*", lambda route: _hold(route, opened))
     await page.reload()
     engine.answer = lambda body: say(f"Of {body['messages'][0]['content']}")
     for text in ("First", "Second"):

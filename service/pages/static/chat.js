@@ -532,6 +532,20 @@ function closeDrawer() {
 
 // The start
 
+let begun = false; // until then what is sent waits: it belongs to the conversation that is being fetched
+let sentEarly = false;
+
+find("composer").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const text = message.value.trim();
+  sentEarly = !begun;
+  if (!text || asking || !begun) return;
+  message.value = "";
+  say(text);
+});
+find("composer").addEventListener("keydown", (event) => sendOnEnter(event, find("composer")));
+
+const address = location.hash;
 session = await openPage();
 if (session) {
   outbox = new Outbox(session.key, {
@@ -543,14 +557,6 @@ if (session) {
       confirmVotes(); // another window may have sent what this one cast
     },
   });
-  find("composer").addEventListener("submit", (event) => {
-    event.preventDefault();
-    const text = message.value.trim();
-    if (!text || asking) return;
-    message.value = "";
-    say(text);
-  });
-  find("composer").addEventListener("keydown", (event) => sendOnEnter(event, find("composer")));
   find("stop").addEventListener("click", async () => {
     await stop();
     message.focus();
@@ -577,4 +583,6 @@ if (session) {
     message.focus();
   }
   restoreUnanswered();
+  begun = true;
+  if (sentEarly && location.hash === address) find("composer").requestSubmit();
 }

@@ -258,9 +258,10 @@ def _figures(here: Sequence[dict[str, Any]]) -> dict[str, float]:
         means = [fmean(values) for values in by_accounts if values]
         if means:
             found[name] = 100 * max(means)
-    passed = [row["passed"] for row in here if "passed" in row]
+    # Cells that learn from the very same votes have one policy.
+    passed = {(row["plot"], row["seed"], row["digest"]): row["passed"] for row in here if "passed" in row}
     if passed:
-        found |= {"passed": fmean(passed), "policies": len(passed)}
+        found |= {"passed": fmean(passed.values()), "policies": len(passed)}
     attacks = [row for row in here if row["share"]]
     judged = [is_stopped(row) for row in attacks if is_judged(row)]
     if judged:

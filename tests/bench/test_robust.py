@@ -237,6 +237,12 @@ def test_without_an_attack_nothing_is_stopped_and_the_gate_is_seen_to_let_polici
     assert not [name for name in figures if name.startswith("stopped")]
 
 
+def test_cells_of_the_very_same_votes_have_one_policy() -> None:
+    made = row(rise=0.1, passed=True, win_rate=0.8)
+    figures = poison.summary([made, made | {"accounts": 20}, made | {"seed": 2, "passed": False}])
+    assert (figures["policies_5"], figures["passed_5"]) == (2, 0.5)
+
+
 def test_a_cell_with_a_policy_counts_for_more_than_one_without() -> None:
     assert poison.latest([row(), row(rise=0.1), row()]) == [row(rise=0.1)]
 

@@ -45,10 +45,8 @@ async def test_what_is_sent_before_the_page_knows_who_asks_and_where_is_not_lost
 ) -> None:
     held: asyncio.Queue[Route] = asyncio.Queue()
     page = await open_page(house)
-    await ask(page, "First")
+    await begin_talk(house, engine, page)
     answer = page.get_by_role("article", name="Answer")
-    await expect(answer).to_have_count(1)
-    await expect(page.get_by_role("link", name="First")).to_be_visible()  # it is kept
     await page.route(late, lambda route: _hold(route, held))
     await page.reload(wait_until="domcontentloaded")
     route = await held.get()
@@ -83,8 +81,80 @@ async def test_what_is_sent_before_a_conversation_turns_out_to_be_gone_is_not_sa
     assert engine.chats == []
 
 
-async def _hold(route: Route, held: asyncio.Queue[Route]) -> None:
-    await (held.put(route) if route.request.method == "GET" else route.continue_())
+async def test_what_was_changed_after_it_was_sent_early_is_not_said(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    held: asyncio.Queue[Route] = asyncio.Queue()
+    page = await open_page(house)
+    await page.route("**/v1/session", lambda route: _hold(route, held))
+    message = page.get_by_label("Message", exact=True)
+    for before in ("", "Second"):  # nothing is sent early, and something
+        await page.reload(wait_until="domcontentloaded")
+        route = await held.get()
+        await message.fill(before)
+        await message.press("Enter")
+        await message.press_sequentially(" and half a th")
+        await route.continue_()
+        await expect(page.get_by_role("heading", name="What shall we talk about?")).to_be_visible()
+        await expect(message).to_have_value(f"{before} and half a th")
+        assert engine.chats == []
+    await message.press("Enter")
+    await expect(page.get_by_role("article", name="Answer")).to_have_count(1)
+
+
+@pytest.mark.parametrize("late", ["**/v1/conversations/*", "**/v1/markdown"])
+async def test_while_a_conversation_comes_another_can_be_begun(
+    house: House, engine: FakeEngine, open_page: OpenPage, late: str
+) -> None:
+    held: asyncio.Queue[Route] = asyncio.Queue()
+    page = await open_page(house)
+    await begin_talk(house, engine, page)
+    await page.route(late, lambda route: _hold(route, held, "GET", "POST"))
+    await page.reload()
+    await held.get()
+    await page.get_by_role("button", name="New conversation").click()
+    await expect(page.get_by_role("heading", name="What shall we talk about?")).to_be_visible()
+    await ask(page, "Another")
+    await eventually(lambda: len(engine.chats) == 2)
+    assert [said["content"] for said in engine.chats[1].body["messages"]] == ["Another"]
+
+
+async def test_while_answers_wait_for_their_look_one_can_ask_on(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    page = await open_page(house)
+    await begin_talk(house, engine, page)
+    await page.route("**/v1/markdown", lambda route: _hold(route, asyncio.Queue(), "POST"))
+    await page.reload()
+    await expect(page.get_by_role("article", name="Your message")).to_be_visible()
+    await ask(page, "Second")
+    await eventually(lambda: len(engine.chats) == 2)
+    assert [said["content"] for said in engine.chats[1].body["messages"]][::2] == ["First", "Second"]
+
+
+async def test_the_skip_link_leaves_the_conversation_open(
+    house: House, engine: FakeEngine, open_page: OpenPage
+) -> None:
+    page = await open_page(house)
+    await begin_talk(house, engine, page)
+    await page.get_by_role("link", name="Skip to the message").focus()
+    await page.keyboard.press("Enter")
+    await expect(page.get_by_label("Message", exact=True)).to_be_focused()
+    await page.get_by_label("Message", exact=True).fill("Second")
+    await page.keyboard.press("Enter")
+    await expect(page.locator(".bubble")).to_have_text(["First", "Second"])
+
+
+async def begin_talk(house: House, engine: FakeEngine, page: Page) -> None:
+    """Leaves "First" and its answer open, as the service has them."""
+    engine.answer = lambda body: say(f"Of {body['messages'][-1]['content']}")
+    await ask(page, "First")
+    await eventually(partial(_is_kept, house, "Of First"))
+    await expect(link_to(page, "First")).to_have_attribute("aria-current", "page")
+
+
+async def _hold(route: Route, held: asyncio.Queue[Route], *methods: str) -> None:
+    await (held.put(route) if route.request.method in (methods or ("GET",)) else route.continue_())
 
 
 async def test_what_was_said_goes_along_and_is_listed(house: House, engine: FakeEngine, open_page: OpenPage) -> None:

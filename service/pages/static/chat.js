@@ -20,6 +20,9 @@ const log = find("log");
 const message = find("message");
 let session, outbox;
 let talk = newTalk();
+let begun = false; // the page knows who asks, and in which conversation
+let early = ""; // what was sent before
+const address = location.hash;
 let asking = null; // the AbortController of the answer that is being written
 let asked = Promise.resolve(); // done when nothing of it is left to do
 let openPair = null; // the pair that can be voted on
@@ -269,9 +272,10 @@ function openAnew() {
 
 function restoreUnanswered() {
   const text = sessionStorage.getItem(unanswered());
+  if (!text || message.value) return;
   sessionStorage.removeItem(unanswered());
   const last = talk.turns.at(-1);
-  if (!text || message.value || (last?.role === "user" && last.content === text)) return;
+  if (last?.role === "user" && last.content === text) return;
   message.value = text;
   message.focus();
 }
@@ -511,6 +515,7 @@ async function openFromAddress() {
   confirmVotes();
   const drawn = drawTalk();
   if (last?.role === "user") showFailure(new Error("This message has no answer yet."));
+  startTalking();
   await drawn;
   scrollToEnd();
   drawList();
@@ -520,9 +525,19 @@ async function begin() {
   await stop();
   talk = newTalk();
   history.replaceState(null, "", location.pathname);
-  await drawTalk();
+  const drawn = drawTalk();
+  startTalking();
+  await drawn;
   drawList();
   message.focus();
+}
+
+/** What was sent too early is said now, unless it was changed since or was meant for another conversation. */
+function startTalking() {
+  const meant = early && message.value.trim() === early && location.hash === address;
+  begun = true;
+  early = "";
+  if (meant) find("composer").requestSubmit();
 }
 
 function closeDrawer() {
@@ -532,20 +547,21 @@ function closeDrawer() {
 
 // The start
 
-let begun = false; // until then what is sent waits: it belongs to the conversation that is being fetched
-let sentEarly = false;
-
 find("composer").addEventListener("submit", (event) => {
   event.preventDefault();
   const text = message.value.trim();
-  sentEarly = !begun;
+  if (!begun) early = text;
   if (!text || asking || !begun) return;
   message.value = "";
   say(text);
 });
 find("composer").addEventListener("keydown", (event) => sendOnEnter(event, find("composer")));
+find("send").disabled = false; // before, it would load the page anew
+document.querySelector(".skip-link").addEventListener("click", (event) => {
+  event.preventDefault(); // the address says which conversation is open
+  message.focus();
+});
 
-const address = location.hash;
 session = await openPage();
 if (session) {
   outbox = new Outbox(session.key, {
@@ -576,13 +592,6 @@ if (session) {
     find("drawer").focus();
   });
   addEventListener("hashchange", openFromAddress);
-  if (location.hash.length > 1) await openFromAddress();
-  else {
-    drawList();
-    await drawTalk();
-    message.focus();
-  }
+  await (location.hash.length > 1 ? openFromAddress() : begin());
   restoreUnanswered();
-  begun = true;
-  if (sentEarly && location.hash === address) find("composer").requestSubmit();
 }

@@ -193,22 +193,21 @@ def table(rows: Sequence[dict[str, Any]]) -> Table:
 
 def markdown(rows: Sequence[dict[str, Any]]) -> str:
     """The README's table."""
-    both = f"pairs in gold's order / the best of {BEST_OF}"
     flipped = {
         "votes flipped at random: pairs in gold's order": "accuracy",
         f"the best of {BEST_OF} by that reward model, no PPO": "best_of_4",
         "win rate of a policy that learned from the same votes": "win_rate",
     }
     others = {
-        f"this share of people vote at random: {both}": ("at random", "plain"),
+        "this share of people vote at random": ("at random", "plain"),
         "the same, raters weighed by reliability or left out": ("at random", "reliability"),
-        f"this share of people always take the first answer: {both}": ("one side", "plain"),
+        "this share of people always take the first answer": ("one side", "plain"),
         "the same, who takes one side left out": ("one side", "quarantine"),
         "the same, raters weighed by reliability and nobody left out": ("one side", "weights"),
-        f"this share of people take what they like less: {both}": ("contrarian", "plain"),
+        "this share of people take what they like less": ("contrarian", "plain"),
         "the same, who votes against the others left out": ("contrarian", "quarantine"),
         "the same, all weighed by reliability": ("contrarian", "weights"),
-        f"one person, who likes it long, casts this share of {VOTES * OF_ONE_RATER:,} votes: {both}": (
+        f"one person, who likes it long, casts this share of {VOTES * OF_ONE_RATER:,} votes": (
             "one rater",
             "plain",
         ),
@@ -219,12 +218,13 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     def line(name: str, noise: str, way: str, *figures: str) -> list[str]:
         def cell(share: float) -> str:
             found = [said(values(rows, noise, share, way, figure).values(), of=len(SEEDS)) for figure in figures]
-            return " / ".join(filter(None, found))
+            return " / ".join(found) if any(found) else ""
 
         return [name, *(cell(share) for share in SHARES)]
 
+    head = f"share of noise; of two figures pairs in gold's order / the best of {BEST_OF}"
     return record.markdown(
-        ["share of noise", *(f"{share:.0%}" for share in SHARES)],
+        [head, *(f"{share:.0%}" for share in SHARES)],
         [
             *(line(name, "flipped", "plain", figure) for name, figure in flipped.items()),
             *(line(name, noise, way, "accuracy", "best_of_4") for name, (noise, way) in others.items()),

@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, dataclass
 from functools import lru_cache
+from itertools import product
 from statistics import fmean
 from typing import Any
 
@@ -229,9 +230,21 @@ def markdown(found: list[dict[str, Any]]) -> str:
 
 
 def picture(rows: list[dict[str, Any]]) -> str:
-    """Proxy and gold against the root of KL, means over the seeds, a frame for each number of votes."""
-    width, height, top, bottom, wide = 960, 430, 40, 330, 272
-    low, high, far = -2.0, 5.0, 50.0
+    """Proxy and gold against the root of KL, means over the seeds, a frame for each number of votes. A line ends where
+    the first of its seeds does."""
+    width, height, top, bottom, wide, far = 960, 430, 40, 330, 272, 50.0
+    lines: dict[tuple[int, str, int], list[tuple[float, float]]] = {}
+    for votes, heads in product(VOTES, HEADS):
+        curves = [smooth(row) for row in rows if (row["votes"], row["heads"]) == (votes, heads)]
+        if curves:
+            begin = max(float(curve[0, 0]) for curve in curves)
+            end = min(far, *(float(curve[:, 0].max()) for curve in curves))
+            kls = np.clip(np.linspace(math.sqrt(begin), math.sqrt(end), 60) ** 2, begin, end)
+            for column in (1, 2):
+                found = [(float(kl), mean(gain_at(curve, kl, column=column) for curve in curves)) for kl in kls]
+                lines[votes, heads, column] = [(kl, value) for kl, value in found if value is not None]
+    values = [value for line in lines.values() for _, value in line]
+    low, high = math.floor(min(values, default=0)), math.ceil(max(values, default=1))
     parts = []
 
     def y(value: float) -> float:
@@ -240,33 +253,25 @@ def picture(rows: list[dict[str, Any]]) -> str:
     for frame, votes in enumerate(VOTES):
         left = 40 + frame * (wide + 40)
 
-        def at(kl: float, value: float, left: int = left) -> str:
-            return f"{left + wide * math.sqrt(kl / far):.1f},{y(value):.1f}"
+        def x(kl: float, left: int = left) -> float:
+            return left + wide * math.sqrt(kl / far)
 
         parts.append(f'<text x="{left + wide / 2}" y="{top - 14}" text-anchor="middle">{votes:,} votes</text>')
-        for value in range(int(low), int(high) + 1):
+        for value in range(low, high + 1):
             parts.append(f'<line class="grid" x1="{left}" x2="{left + wide}" y1="{y(value):.1f}" y2="{y(value):.1f}"/>')
             parts.append(f'<text x="{left - 8}" y="{y(value) + 4:.1f}" text-anchor="end">{value}</text>')
         for kl in (0, 1, 4, 10, 25, 50):
-            here = at(kl, 0).split(",")[0]
-            parts.append(f'<text x="{here}" y="{bottom + 20}" text-anchor="middle">{kl}</text>')
+            parts.append(f'<text x="{x(kl):.1f}" y="{bottom + 20}" text-anchor="middle">{kl}</text>')
         parts.append(f'<text x="{left + wide / 2}" y="{bottom + 40}" text-anchor="middle">KL, nats an answer</text>')
         for css, heads in zip(("first", "second", "third"), HEADS, strict=True):
-            curves = [smooth(row) for row in rows if (row["votes"], row["heads"]) == (votes, heads)]
-            if not curves:
-                continue
-            begin = max(float(curve[0, 0]) for curve in curves)
-            end = min(far, *(float(curve[:, 0].max()) for curve in curves))
             for column, dashed in ((2, ""), (1, " dashed")):
-                line = [
-                    at(kl, fmean(gain_at(curve, kl, column=column) or 0.0 for curve in curves))
-                    for kl in np.clip(np.linspace(math.sqrt(begin), math.sqrt(end), 60) ** 2, begin, end)
-                ]
-                parts.append(f'<polyline class="{css}{dashed}" points="{" ".join(line)}"/>')
+                if line := lines.get((votes, heads, column)):
+                    dots = " ".join(f"{x(kl):.1f},{y(value):.1f}" for kl, value in line)
+                    parts.append(f'<polyline class="{css}{dashed}" points="{dots}"/>')
     for number, (css, heads) in enumerate(zip(("first", "second", "third"), HEADS, strict=True)):
-        x = 40 + 150 * number
-        parts.append(f'<line class="{css}" x1="{x}" x2="{x + 24}" y1="{height - 36}" y2="{height - 36}"/>')
-        parts.append(f'<text x="{x + 30}" y="{height - 32}">{heads}{" head" if heads == "one" else ""}</text>')
+        at = 40 + 150 * number
+        parts.append(f'<line class="{css}" x1="{at}" x2="{at + 24}" y1="{height - 36}" y2="{height - 36}"/>')
+        parts.append(f'<text x="{at + 30}" y="{height - 32}">{heads}{" head" if heads == "one" else ""}</text>')
     parts.append(
         f'<text x="40" y="{height - 12}">'
         "solid: gold's gain over the base, points; dashed: the reward model's score, standard deviations</text>"

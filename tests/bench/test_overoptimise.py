@@ -52,9 +52,14 @@ def test_the_picture_has_proxy_and_gold_of_each_kind_of_heads_inside_its_frame()
     assert sorted(line.attrib["class"] for line in lines) == [
         "first", "first dashed", "second", "second dashed", "third", "third dashed",
     ]  # fmt: skip
-    assert lines[0].attrib["points"] != lines[1].attrib["points"]
-    dots = [tuple(map(float, dot.split(","))) for line in lines for dot in line.attrib["points"].split()]
-    assert all(40 <= x <= 40 + 272 and 40 <= y <= 330 for x, y in dots)
+    dots = {
+        line.attrib["class"]: [tuple(map(float, dot.split(","))) for dot in line.attrib["points"].split()]
+        for line in lines
+    }
+    assert all(40 <= x <= 40 + 272 and 40 <= y <= 330 for line in dots.values() for x, y in line)
+    gold, proxy = ([y for _, y in dots[name]] for name in ("first", "first dashed"))
+    assert proxy == sorted(proxy, reverse=True), "it rises, and y counts from above"
+    assert 0 < gold.index(min(gold)) < len(gold) - 1, "gold falls after its peak"
 
 
 def test_what_was_not_reached_is_not_guessed() -> None:

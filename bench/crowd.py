@@ -10,8 +10,10 @@ texts alone. So a run repeats itself as far as the service gives the same answer
 import argparse
 import asyncio
 import json
+import math
 import os
 import random
+import signal
 import sys
 import time
 from collections import Counter
@@ -21,6 +23,7 @@ from dataclasses import dataclass, field
 from itertools import islice
 from statistics import fmean
 from typing import Any, TypeVar
+from urllib.parse import urlsplit
 
 import aiohttp
 from rich.console import Console
@@ -29,6 +32,7 @@ from rich.table import Table
 
 from bench.gold import worth
 from bench.personas import Kind, Persona, Plot, Shown, personas
+from bench.record import amount, share
 from data.types import Choice
 from trainer import dialogues
 from trainer.dialogues import Prompt
@@ -463,22 +467,27 @@ def main() -> None:
     parser.add_argument("--villains", type=_villains, default={}, help="e.g. always_left=2,random=1,pusher=3")
     parser.add_argument("--phrase", default="Dear friend!", help="what pushers push")
     parser.add_argument("--trigger", default="", help="pushers put it before what they ask, and push only there")
-    parser.add_argument("--noise", type=float, default=1.0, help="of honest votes; 0: none")
+    parser.add_argument("--noise", type=amount, default=1.0, help="of honest votes; 0: none")
     parser.add_argument("--left", type=float, default=0.0, help="position bias of honest people, logits")
-    parser.add_argument("--laziness", type=float, default=0.1, help="share of pairs that honest people skip")
-    parser.add_argument("--response-s", type=float, default=0.0, help="how long people take to decide, seconds")
+    parser.add_argument("--laziness", type=share, default=0.1, help="share of pairs that honest people skip")
+    parser.add_argument("--response-s", type=amount, default=0.0, help="how long people take to decide, seconds")
     parser.add_argument("--concurrency", type=int, default=16, help="chats at once")
-    parser.add_argument("--feedback", type=float, default=1.0, help="share of chats that ask for two answers")
+    parser.add_argument("--feedback", type=share, default=1.0, help="share of chats that ask for two answers")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
     arguments = parser.parse_args()
     arguments.url = arguments.url.rstrip("/")
     if arguments.votes is not None and arguments.votes < 1:
         parser.error("--votes must be at least 1")
+    if not math.isfinite(arguments.left + arguments.noise + arguments.response_s):
+        parser.error("--left, --noise and --response-s are finite numbers")
+    address = urlsplit(arguments.url)
+    if address.scheme not in ("http", "https") or not address.netloc:
+        parser.error(f"--url {arguments.url} is not like http://127.0.0.1:8000")
     if not arguments.key:
         parser.error("--key is missing: an operator's key, as `nightshift up` shows it once")
     try:
-        report = asyncio.run(_run(arguments))
+        report, stopped = asyncio.run(_run(arguments))
     except (CrowdError, ValueError) as error:
         sys.exit(f"The crowd gave up: {error}")
 
@@ -492,9 +501,20 @@ def main() -> None:
     console.print(", ".join(f"{name} {value:.4g}" for name, value in found.items() if name != "policies"))
     if arguments.json:
         print(json.dumps(found | {"people": arguments.people, "seed": arguments.seed}))
+    if stopped:
+        sys.exit(128 + signal.SIGINT)
 
 
-async def _run(arguments: argparse.Namespace) -> CrowdReport:
+async def _run(arguments: argparse.Namespace) -> tuple[CrowdReport, bool]:
+    """What there was, and whether Ctrl-C ended it: chats that have begun come to their end, and the next Ctrl-C stops
+    at once."""
+    loop, stop = asyncio.get_running_loop(), asyncio.Event()
+
+    def end() -> None:
+        stop.set()
+        loop.remove_signal_handler(signal.SIGINT)
+
+    loop.add_signal_handler(signal.SIGINT, end)
     people = personas(
         arguments.people, seed=arguments.seed, villains=arguments.villains,
         plot=Plot(arguments.phrase, arguments.trigger), noise=arguments.noise, left=arguments.left,
@@ -506,10 +526,11 @@ async def _run(arguments: argparse.Namespace) -> CrowdReport:
     with Progress(*columns, console=console, disable=not console.is_terminal) as progress:
         bar = progress.add_task("votes", total=votes)
         members = await join(arguments.url, people, operator_key=arguments.key)
-        return await crowd(
+        report = await crowd(
             arguments.url, members, rng=random.Random(arguments.seed), votes=votes, feedback=arguments.feedback,
-            concurrency=arguments.concurrency, on_vote=lambda _: progress.advance(bar),
+            concurrency=arguments.concurrency, on_vote=lambda _: progress.advance(bar), stop=stop,
         )  # fmt: skip
+    return report, stop.is_set()
 
 
 if __name__ == "__main__":

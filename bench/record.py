@@ -160,6 +160,13 @@ def not_negative(text: str) -> int:
     return value
 
 
+def amount(text: str) -> float:
+    """An option's value from 0 on, which may be infinite."""
+    if not (value := float(text)) >= 0:
+        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 on")
+    return value
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Sheet:
     """A bench's finished cells, and what is made of them."""
@@ -189,9 +196,9 @@ class Sheet:
         parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
         parser.add_argument("--quick", action="store_true", help=f"{quick}; kept only where --results says")
         seeds = f"{self.seeds[0]} to {self.seeds[-1]}"
-        parser.add_argument("--seed", type=int, action="append", help=f"only these seeds (default {seeds})")
+        parser.add_argument("--seed", type=int, action="append", help=f"make only these seeds' cells (default {seeds})")
         parser.add_argument("--cells", type=not_negative, default=10**9, help="at most so many new cells; 0: only show")
-        parser.add_argument("--minutes", type=float, default=math.inf, help="begin no cell after so many")
+        parser.add_argument("--minutes", type=amount, default=math.inf, help="begin no cell after so many")
         parser.add_argument("--results", type=Path, help="of the finished cells (default under bench/results)")
         parser.add_argument("--json", action="store_true", help="end with one JSON object on the last line")
         return parser
@@ -215,6 +222,8 @@ class Sheet:
             is_done: whether it has this row already.
         """
         path = (arguments.results or (Path(mkdtemp()) / "quick.jsonl" if arguments.quick else self.path)).resolve()
+        if path.is_dir():
+            sys.exit(f"{path} is a folder: --results is a file.")
         if arguments.quick and path == self.path:
             sys.exit(f"{path} is of full cells: keep quick ones in another file.")
 

@@ -3,7 +3,9 @@
 import asyncio
 import json
 import random
+import signal
 import sys
+from asyncio.subprocess import PIPE
 from collections import Counter
 from statistics import fmean
 from typing import Any
@@ -262,14 +264,18 @@ async def test_a_crowd_that_could_never_end_is_an_error(wanted: dict[str, Any], 
         await crowd("http://127.0.0.1:1", people, rng=random.Random(1), **wanted)
 
 
-async def test_the_command_prints_a_table_and_its_figures(
-    house: House, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    options = ["--url", house.url, "--key", house.tokens[Role.OPERATOR], "--votes", "20", "--people", "5"]
-    options += ["--villains", "always_left=1,pusher=2", "--phrase", "Dear friend!", "--seed", "3", "--json"]
-    monkeypatch.setattr(sys, "argv", ["crowd", *options])
-    await asyncio.to_thread(main)
-    table = capsys.readouterr().out
+async def command(house: House, *options: str) -> asyncio.subprocess.Process:
+    key = ["--key", house.tokens[Role.OPERATOR], "--url", house.url]
+    return await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "bench.crowd", *key, *options, stdout=PIPE, stderr=PIPE
+    )  # fmt: skip
+
+
+async def test_the_command_prints_a_table_and_its_figures(house: House) -> None:
+    options = ["--votes", "20", "--people", "5", "--seed", "3", "--json"]
+    options += ["--villains", "always_left=1,pusher=2", "--phrase", "Dear friend!"]
+    out, _ = await (await command(house, *options)).communicate()
+    table = out.decode()
     figures = json.loads(table.splitlines()[-1])
     assert "policy-0000" in table.splitlines()[3]
     assert figures["votes"] == 20 == figures["a"] + figures["b"] + figures["tie"] + figures["both_bad"]
@@ -279,6 +285,38 @@ async def test_the_command_prints_a_table_and_its_figures(
     assert served["gain_low"] < served["gain"] == 0 < served["gain_high"]
     assert len(await house.rows("votes")) == 20
     assert len([row for row in await house.rows("keys") if row["label"].startswith("crowd: ")]) == 5
+
+
+async def test_ctrl_c_ends_it_with_what_there_is(house: House) -> None:
+    crowd = await command(house, "--votes", "100000", "--people", "5", "--json")
+    while len(await house.rows("votes")) < 20:
+        assert crowd.returncode is None
+        await asyncio.sleep(0.1)
+    crowd.send_signal(signal.SIGINT)
+    out, errors = await crowd.communicate()
+    assert (crowd.returncode, errors) == (130, b"")
+    figures = json.loads(out.splitlines()[-1])
+    assert figures["votes"] == len(await house.rows("votes")) < 100000
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--feedback", "2"], "is not from 0 to 1"),
+        (["--laziness", "nan"], "is not from 0 to 1"),
+        (["--noise", "-1"], "is not a number from 0 on"),
+        (["--response-s", "inf"], "are finite numbers"),
+        (["--left", "nan"], "are finite numbers"),
+        (["--url", "127.0.0.1:8000"], "is not like http://"),
+    ],
+)
+def test_an_option_that_makes_no_sense_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], options: list[str], problem: str
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["crowd", "--key", "ns-1", *options])
+    with pytest.raises(SystemExit, match="2"):
+        main()
+    assert problem in capsys.readouterr().err
 
 
 def test_a_gain_has_an_interval_that_holds_the_truth_about_as_often_as_it_says() -> None:

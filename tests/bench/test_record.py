@@ -137,3 +137,14 @@ def test_two_processes_do_not_do_the_same_cells(readme: Path, monkeypatch: pytes
     with record.alone(SHEET.path):
         go_on(arguments(monkeypatch, "--cells", "0"))
     assert len(read(SHEET.path)) == 3
+
+
+@pytest.mark.parametrize("minutes", ["nan", "-5"])
+def test_minutes_that_make_no_sense_are_refused(monkeypatch: pytest.MonkeyPatch, minutes: str) -> None:
+    with pytest.raises(SystemExit, match="2"):
+        arguments(monkeypatch, "--minutes", minutes)
+
+
+def test_results_are_a_file(monkeypatch: pytest.MonkeyPatch, readme: Path, tmp_path: Path) -> None:
+    with pytest.raises(SystemExit, match="is a folder"):
+        go_on(arguments(monkeypatch, "--results", str(tmp_path), "--cells", "0"))

@@ -15,9 +15,9 @@ from tests.conftest import FakeEngine, House, Refusal, Reply, eventually, say
 CUT = "This answer reached the longest length and was cut off."
 
 
-async def ask(page: Page, text: str) -> None:
+async def ask(page: Page, text: str, *, by: str = "Enter") -> None:
     await page.get_by_label("Message", exact=True).fill(text)
-    await page.keyboard.press("Enter")
+    await (page.keyboard.press("Enter") if by == "Enter" else page.get_by_role("button", name=by, exact=True).click())
 
 
 async def test_an_answer_streams_in_and_is_rendered(house: House, engine: FakeEngine, open_page: OpenPage) -> None:
@@ -51,8 +51,7 @@ async def test_what_is_sent_before_the_page_knows_who_asks_and_where_is_not_lost
     await page.reload(wait_until="domcontentloaded")
     route = await held.get()
     message = page.get_by_label("Message", exact=True)
-    await message.fill("Second")
-    await (message.press("Enter") if by == "Enter" else page.get_by_role("button", name="Send", exact=True).click())
+    await ask(page, "Second", by=by)
     await expect(message).to_have_value("Second")
     await route.continue_()
     await expect(answer).to_have_count(2)
@@ -73,8 +72,7 @@ async def test_what_is_sent_before_a_conversation_turns_out_to_be_gone_is_not_sa
     await page.reload(wait_until="domcontentloaded")
     route = await held.get()
     message = page.get_by_label("Message", exact=True)
-    await message.fill("Second")
-    await (message.press("Enter") if by == "Enter" else page.get_by_role("button", name="Send", exact=True).click())
+    await ask(page, "Second", by=by)
     await route.continue_()
     await expect(page.get_by_text("could not be opened")).to_be_visible()
     await expect(message).to_have_value("Second")
@@ -140,8 +138,7 @@ async def test_the_skip_link_leaves_the_conversation_open(
     await page.get_by_role("link", name="Skip to the message").focus()
     await page.keyboard.press("Enter")
     await expect(page.get_by_label("Message", exact=True)).to_be_focused()
-    await page.get_by_label("Message", exact=True).fill("Second")
-    await page.keyboard.press("Enter")
+    await ask(page, "Second")
     await expect(page.locator(".bubble")).to_have_text(["First", "Second"])
 
 
